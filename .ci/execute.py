@@ -1,0 +1,131 @@
+"""Execute notebooks, each in its own folder, with progress to look at: .ci/execute.py NOTEBOOK... [--output-dir DIR]
+
+Without --output-dir they are executed in place. A folder stands for its numbered notebooks, in order. Standard output
+gets a line a notebook: its name and how long it took. A notebook is written when all of its cells have run, or not.
+"""
+
+import argparse
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, DeadKernelError
+from tqdm import tqdm
+from traitlets.config import Config
+
+LOG_EVERY = 30  # seconds between two states of a cell's progress bar where no terminal redraws it
+# For the bars in the kernels: never cut off, whatever the terminal's width, so that BAR finds where they end.
+KERNEL_BARS = {"TQDM_NCOLS": "1000", "TQDM_BAR_FORMAT": "{l_bar}{bar:20}{r_bar}"}
+# A carriage return and what tqdm draws after it, a bar up to its "[00:01<00:05, 9it/s]" or blanks; a move upwards.
+BAR = re.compile(r"(\r(?:[^\r\n]*?\[\d+:\d\d[^\]\r\n]*\])? *|\x1b\[A)")
+
+
+class Client(NotebookClient):
+    """Shows the progress bars of cells instead of storing them, and joins the pieces in which a stream arrives."""
+
+    def __init__(self, nb, source):
+        super().__init__(
+            nb,
+            kernel_name="python3",
+            record_timing=False,
+            resources={"metadata": {"path": source.parent}},
+            config=Config(KernelManager={"transport_encryption": "auto"}),  # else each kernel warns that it has none
+            on_cell_start=self.start_cell,
+        )
+        # disable=None: no bars where there is no terminal.
+        layout = "{desc} {bar} {n} of {total} cells, {elapsed}"
+        self.cells = tqdm(total=len(nb.cells), desc=source.stem, bar_format=layout, leave=False, disable=None)
+        self.inner = tqdm(bar_format="{desc}", leave=False, disable=None)
+        self.logged = time.monotonic()
+
+    def start_cell(self, cell, cell_index):
+        self.cells.update(cell_index - self.cells.n)
+        self.show(None)
+
+    def show(self, state):
+        self.state = state  # of the cell's own bar; None: it has had none, "": it was erased or has finished
+        self.inner.set_description_str(state or "")
+        if self.inner.disable and state and time.monotonic() > self.logged + LOG_EVERY:
+            self.note(state)
+
+    def note(self, text, end="\n"):
+        tqdm.write(text, file=sys.stderr, end=end)
+        self.logged = time.monotonic()
+
+    def output(self, outs, msg, display_id, cell_index):
+        content = msg["content"]
+        if msg["msg_type"] == "stream":
+            if content["name"] == "stderr":
+                content["text"] = self.take_bars(content["text"])
+                if not content["text"]:
+                    return None
+                self.note(content["text"], end="")
+            if outs and outs[-1].get("name") == content["name"]:
+                outs[-1]["text"] += content["text"]
+                return outs[-1]
+        return super().output(outs, msg, display_id, cell_index)
+
+    def take_bars(self, text):
+        """Show the bars in a piece of stderr, and return the rest of it: a warning may sit between two of them."""
+        rest = ""
+        for piece in filter(None, BAR.split(text)):
+            if piece.startswith("\r"):
+                self.show(piece.strip())
+            elif piece.startswith("\n") and self.state is not None:
+                if "100%" in self.state:
+                    self.note(self.state)
+                self.show("")
+                rest += piece.lstrip("\n")
+            elif piece != "\x1b[A":
+                rest += piece
+        return rest
+
+    async def _async_check_alive(self):  # nbclient asks once a second while a cell runs
+        await super()._async_check_alive()
+        self.cells.refresh()
+
+
+def execute(source, target):
+    nb = nbformat.read(source, as_version=4)
+    start = time.monotonic()
+    client = Client(nb, source)
+    if client.cells.disable:
+        client.note(f"{source.stem}: {len(nb.cells)} cells")
+    try:
+        client.execute(env=os.environ | KERNEL_BARS)
+    except CellExecutionError as error:
+        sys.exit(f"\n{error}\n{source}: a cell failed, see above")
+    except DeadKernelError:
+        sys.exit(f"\n{source}: interrupted, or its kernel died (out of memory?)")
+    finally:
+        client.inner.close()
+        client.cells.close()
+    # What differs from one machine to the next stays out of the file.
+    nb.metadata.kernelspec = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+    nb.metadata.language_info.pop("version", None)
+    for cell in nb.cells:
+        cell.metadata.pop("execution", None)
+    unfinished = target.with_suffix(".tmp")
+    nbformat.write(nb, unfinished)
+    os.replace(unfinished, target)
+    print(f"{source.stem:<32}{time.monotonic() - start:6.0f} s", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("notebooks", nargs="+", type=Path)
+    parser.add_argument("--output-dir", type=Path)
+    args = parser.parse_args()
+    if args.output_dir:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+    for path in args.notebooks:
+        for source in sorted(path.glob("[0-9]*.ipynb")) if path.is_dir() else [path]:
+            execute(source, (args.output_dir or source.parent) / source.name)
+
+
+if __name__ == "__main__":
+    main()

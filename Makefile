@@ -1,0 +1,71 @@
+# Every command calls the environment's own Python by its path: nothing needs to be activated.
+PYTHON ?= python3
+PY := .venv/bin/python
+SITE := report/.work/site
+HTML := report/.work/html
+CORPUS := report/.work/corpus.txt
+NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb))
+EXECUTED := $(NOTEBOOKS:notebooks/%=$(SITE)/%)
+
+.PHONY: help report test lab bench notebooks setup lint clean FORCE
+.DELETE_ON_ERROR:
+# In their order: a notebook may load what an earlier one has trained.
+.NOTPARALLEL:
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+
+report: report/index.html  ## set up, execute the notebooks, render report/index.html: only what changed
+	@echo "Seconds that each notebook took when it was last executed:"
+	@cat $(EXECUTED:.ipynb=.time)
+	@echo "The report: $(CURDIR)/report/index.html"
+
+test: .venv/.ready $(CORPUS)  ## set up, then run every notebook and every example as a test
+	$(PY) -m pytest
+
+lab: .venv/.ready $(CORPUS)  ## open the notebooks in JupyterLab
+	$(PY) -m jupyterlab notebooks
+
+bench: .venv/.ready $(CORPUS)  ## measure what the local rules and the capture cost
+	$(PY) .ci/bench.py
+
+notebooks: .venv/.ready $(CORPUS)  ## execute the notebooks in place, to store new outputs (for developers)
+	$(PY) .ci/execute.py $(NOTEBOOKS)
+
+setup: .venv/.ready  ## only create .venv, with everything installed
+
+lint: .venv/.ready  ## check the style of code and notebooks
+	$(PY) -m ruff check .
+
+clean:  ## remove the report and caches; .venv and data/ stay
+	rm -rf report build *.egg-info .pytest_cache .ruff_cache .coverage* notebooks/.ipynb_checkpoints
+
+# The stamp comes last: a set-up that failed or was interrupted is taken up again.
+.venv/.ready: requirements.txt pyproject.toml
+	@command -v $(PYTHON) >/dev/null || \
+	    { echo "There is no $(PYTHON) here: install Python 3.11 or newer, or say make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "$(PYTHON) is Python " + sys.version.split()[0] \
+	    + ": install Python 3.11 or newer, or say make PYTHON=/path/to/python3")'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --disable-pip-version-check -r requirements.txt
+	$(PY) -m pip install --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+# Looked at every time, but changed only when the corpus is another one.
+$(CORPUS): .venv/.ready FORCE
+	@mkdir -p $(@D)
+	@$(PY) data/prepare.py > $@.new
+	@cat $@.new
+	@cmp -s $@.new $@ || mv $@.new $@
+
+$(SITE)/%.ipynb: notebooks/%.ipynb helpers.py model_local.py .venv/.ready $(CORPUS) $(wildcard data/*/meta.pkl)
+	@mkdir -p $(@D)
+	@$(PY) .ci/execute.py $< --output-dir $(@D) > $(@:.ipynb=.time)
+	@cat $(@:.ipynb=.time)
+
+report/index.html: $(EXECUTED) notebooks/conf.py notebooks/index.md Makefile
+	@rm -rf $(HTML) $(filter-out $(EXECUTED),$(wildcard $(SITE)/*.ipynb))
+	@cp notebooks/index.md $(SITE)
+	$(PY) -m sphinx -q -W --keep-going -E -d report/.work/doctrees -c notebooks $(SITE) $(HTML)
+	@rm -rf report/*
+	@mv $(HTML)/* report

@@ -1,0 +1,779 @@
+"""Shared tools of the notebooks, in reading order: data, training, capture and energies, figures.
+
+Numbers come from pure functions, figures from ``plot_*`` functions that only draw. The model and its learning rules are
+in ``model_local``; nothing here knows which rule is at work.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import hashlib
+import inspect
+import io
+import json
+import math
+import os
+import pickle
+import tempfile
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+from tqdm import tqdm
+
+import model_local
+from model_local import AttentionWeights, LocalGPT, LocalGPTConfig, diagonal, full, ste
+
+ROOT = Path(__file__).resolve().parent
+DATA = ROOT / "data"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Data: a corpus is a folder in nanoGPT's layout (train.bin, val.bin, meta.pkl), made by data/prepare.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+DEFAULT_CORPORA = ("shakespeare_char", "python_reference")  # the first that is there is used
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A tokenised text, memory-mapped. ``train`` and ``val`` hold token ids (uint16), ``itos`` their characters."""
+
+    name: str
+    train: np.ndarray
+    val: np.ndarray
+    stoi: Mapping[str, int]
+    itos: Mapping[int, str]
+    sha256: str  # of the tokens and the vocabulary: what results made from this corpus depend on
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.itos)
+
+    def encode(self, text: str) -> Tensor:
+        """Token ids (T,) of ``text``; ValueError names a character that the corpus does not have."""
+        unknown = sorted(set(text) - set(self.stoi))
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} does not occur in the corpus {self.name!r}, which has no token for it")
+        return torch.tensor([self.stoi[character] for character in text])
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return "".join(self.itos[int(i)] for i in ids)
+
+    def __str__(self) -> str:
+        size = f"{len(self.train):,} training and {len(self.val):,} validation tokens, {self.vocab_size} distinct"
+        elsewhere = "sentences that quote a number for it do not describe this run."
+        if self.name == "shakespeare_char":
+            return f"Corpus: Tiny Shakespeare, {size}."
+        if self.name == "python_reference":
+            return (
+                f"Corpus: the embedded default, the text of Python's language reference, {size}.\n"
+                f"Tiny Shakespeare is not here: {elsewhere}"
+            )
+        return f"Corpus: {self.name}, {size}.\nNot Tiny Shakespeare: {elsewhere}"
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Builds containers, strings and numbers; anything that would have to be imported is refused."""
+
+    def find_class(self, module: str, name: str):
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only plain dicts, strings and numbers are read")
+
+
+def load_corpus(name: str | None = None, root: Path = DATA) -> Corpus:
+    """Open the corpus ``root/name``; without a name the first of ``DEFAULT_CORPORA`` that is there.
+
+    Raises FileNotFoundError where it is missing and ValueError where it is damaged, saying what to do.
+
+    >>> load_corpus("my_text")
+    Traceback (most recent call last):
+        ...
+    FileNotFoundError: no corpus 'my_text' in data/: make it with 'python data/prepare.py --text FILE --name my_text'
+    """
+    if name is None:
+        name = next((n for n in DEFAULT_CORPORA if (root / n / "meta.pkl").exists()), None)
+        if name is None:
+            raise FileNotFoundError(f"no corpus in {root.name}/: make one with 'python data/prepare.py'")
+    folder = root / name
+    for file in ("train.bin", "val.bin", "meta.pkl"):
+        if not (folder / file).is_file():
+            what = f"no corpus {name!r} in {root.name}/" if not folder.is_dir() else f"{name}/{file} is missing"
+            raise FileNotFoundError(f"{what}: make it with 'python data/prepare.py {_prepare_arguments(name)}'")
+
+    def damaged(what: str) -> ValueError:
+        again = f"make it again with 'python data/prepare.py {_prepare_arguments(name)}'"
+        return ValueError(f"{root.name}/{name} is damaged: {what}; {again}")
+
+    try:
+        meta = _PlainUnpickler(io.BytesIO((folder / "meta.pkl").read_bytes())).load()
+        stoi, itos = dict(meta["stoi"]), dict(meta["itos"])
+        size = meta["vocab_size"]
+    except Exception as error:  # a hostile or broken pickle can fail in any way
+        raise damaged(f"meta.pkl cannot be read ({type(error).__name__}: {error})") from error
+    if sorted(itos) != list(range(size)) or {c: i for i, c in itos.items()} != stoi or size < 2:
+        raise damaged("meta.pkl's vocab_size, stoi and itos do not belong together")
+    digest = hashlib.sha256(json.dumps([itos[i] for i in range(size)]).encode())
+    splits = []
+    for file in ("train.bin", "val.bin"):
+        n_bytes = (folder / file).stat().st_size
+        if n_bytes == 0 or n_bytes % 2:
+            raise damaged(f"{file} has {n_bytes} bytes, not a positive number of 2-byte tokens")
+        tokens = np.memmap(folder / file, dtype="<u2", mode="r")
+        if tokens.max() >= size:
+            raise damaged(f"{file} holds the token id {tokens.max()}, and the vocabulary ends at {size - 1}")
+        digest.update(tokens.tobytes())
+        splits.append(tokens)
+    return Corpus(name, *splits, stoi, itos, digest.hexdigest())
+
+
+def _prepare_arguments(name: str) -> str:
+    return name if name in DEFAULT_CORPORA else f"--text FILE --name {name}"
+
+
+def get_batch(
+    tokens: np.ndarray, block_size: int, batch_size: int, generator: torch.Generator, device: str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """A random batch: inputs and next-token targets, both (batch_size, block_size), int64.
+
+    ``generator`` alone decides which windows are drawn: the same seed gives the same batches, whatever else draws
+    random numbers. Raises ValueError where the text is shorter than a window.
+
+    >>> x, y = get_batch(np.arange(100), block_size=4, batch_size=2, generator=torch.Generator().manual_seed(0))
+    >>> x.shape, bool((y == x + 1).all())
+    (torch.Size([2, 4]), True)
+    """
+    if len(tokens) <= block_size:
+        raise ValueError(
+            f"a window of block_size={block_size} needs {block_size + 1} tokens and this text has {len(tokens)}: "
+            "choose a smaller block_size or a longer text"
+        )
+    starts = torch.randint(len(tokens) - block_size, (batch_size, 1), generator=generator).numpy()
+    return _windows(tokens, starts, block_size, device)
+
+
+def _windows(tokens: np.ndarray, starts: np.ndarray, block_size: int, device: str) -> tuple[Tensor, Tensor]:
+    """The windows that begin at ``starts`` (B, 1), in one gather from the file."""
+    window = torch.from_numpy(tokens[starts + np.arange(block_size + 1)].astype(np.int64)).to(device)
+    return window[:, :-1], window[:, 1:]
+
+
+def ngram_losses(corpus: Corpus) -> dict[str, float]:
+    """Validation cross-entropy in nats of the unigram and bigram models of the training text (add-one smoothing).
+
+    A model above the unigram line has learnt nothing; one above the bigram line does not use its context.
+    """
+    V = corpus.vocab_size
+    train, val = corpus.train.astype(np.int64), corpus.val.astype(np.int64)
+    unigram = np.bincount(train, minlength=V) + 1.0
+    bigram = np.bincount(train[:-1] * V + train[1:], minlength=V * V).reshape(V, V) + 1.0
+    return {
+        "unigram": float(-np.log(unigram / unigram.sum())[val].mean()),
+        "bigram": float(-np.log(bigram / bigram.sum(1, keepdims=True))[val[:-1], val[1:]].mean()),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training run.
+
+    ``history`` is tidy: one value a row, with columns step, metric, part, value. The metrics are ``val_loss`` and
+    ``train_loss`` (nats per token; the latter is the mean since the row before), ``tokens_per_s``, and ``alignment``,
+    the cosine in [-1, 1] of a parameter's gradient (``part`` names it) with the one that exact backpropagation gives.
+    """
+
+    model: LocalGPT
+    history: pd.DataFrame
+    snapshots: Mapping[int, Mapping[str, Tensor]] = field(repr=False)  # parameters by step
+
+    def at(self, step: int) -> LocalGPT:
+        """The model as it was after ``step`` steps; KeyError names the steps that were kept."""
+        if step not in self.snapshots:
+            raise KeyError(f"step {step} was not kept: choose one of {sorted(self.snapshots)}")
+        model = twin(self.model)
+        model.load_state_dict(self.snapshots[step], strict=False)  # not strict: feedback matrices never change
+        return model
+
+    def series(self, metric: str) -> pd.Series:
+        """One metric by step (averaged over its parts)."""
+        rows = self.history[self.history["metric"] == metric]
+        return rows.groupby("step")["value"].mean()
+
+
+def train(
+    config: LocalGPTConfig,
+    steps: int = 500,
+    lr: float = 1e-3,
+    batch_size: int = 32,
+    seed: int = 1337,
+    corpus: Corpus | None = None,
+    eval_every: int = 50,
+    device: str = "cpu",
+    directory: Path = DATA / "runs",
+) -> Run:
+    """Train a LocalGPT with AdamW at a constant rate, or load the run if these very settings were trained before.
+
+    The checkpoint's name is a hash of everything that determines the run: every argument, the corpus, the code of the
+    model and of this function, torch's version. It is rewritten every ``eval_every`` steps, so that an interrupted run
+    goes on where it was. Raises ValueError on a vocabulary that is not the corpus', FloatingPointError if it diverges.
+    """
+    corpus = corpus or load_corpus()
+    if config.vocab_size != corpus.vocab_size:
+        raise ValueError(
+            f"config.vocab_size={config.vocab_size} and the corpus {corpus.name!r} has {corpus.vocab_size}: "
+            "write LocalGPTConfig(vocab_size=corpus.vocab_size, ...)"
+        )
+    for name, value in {"steps": steps, "batch_size": batch_size, "eval_every": eval_every}.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} is not a positive number")
+    settings = {
+        "config": dataclasses.asdict(config),
+        "steps": steps,
+        "lr": lr,
+        "batch_size": batch_size,
+        "seed": seed,
+        "corpus": corpus.sha256,
+        "eval_every": eval_every,
+        "device": device,
+        "code": _code_fingerprint(*map(inspect.getsource, (model_local, train, get_batch, evaluate))),
+        "torch": torch.__version__,
+    }
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    path = directory / f"{config.method}-{config.softmax_backward}-{key}.pt"
+
+    with torch.random.fork_rng(devices=[]):  # whoever calls keeps their own random numbers
+        torch.manual_seed(seed)
+        model = LocalGPT(config).to(device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+        batches = torch.Generator().manual_seed(seed)
+        step, history, snapshots = 0, [], {}
+        saved = _load_checkpoint(path, settings)
+        if saved:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            batches.set_state(saved["batches"])
+            torch.set_rng_state(saved["rng"])
+            step, history, snapshots = saved["step"], saved["history"], saved["snapshots"]
+
+        def record(metrics: dict[str, float]) -> None:
+            metrics["val_loss"] = evaluate(model, corpus.val)
+            history.extend((step, metric, "", value) for metric, value in metrics.items())
+            if (config.method, config.softmax_backward) != ("bp", "full"):
+                probe = get_batch(corpus.train, config.block_size, batch_size, torch.Generator().manual_seed(0), device)
+                exact = twin(model, method="bp", softmax_backward="full")
+                cosines = gradient_cosines(model, exact, *probe)
+                history.extend((step, "alignment", part, value) for part, value in cosines.items())
+            snapshots[step] = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
+            state = {"settings": settings, "step": step, "history": history, "snapshots": snapshots}
+            state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            state |= {"batches": batches.get_state(), "rng": torch.get_rng_state()}
+            save_atomically(path, lambda file: torch.save(state, file))
+
+        if step == 0 and not saved:
+            record({})
+        with tqdm(total=steps, initial=step, desc=f"{config.method}/{config.softmax_backward}", leave=False) as bar:
+            while step < steps:
+                losses, start = [], time.perf_counter()
+                for _ in range(min(eval_every, steps - step)):
+                    _, loss = model(*get_batch(corpus.train, config.block_size, batch_size, batches, device))
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    losses.append(loss.item())
+                    bar.update()
+                    bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+                if not math.isfinite(sum(losses)):
+                    raise FloatingPointError(f"the loss is not a number by step {step + len(losses)}: try a smaller lr")
+                step += len(losses)
+                tokens = len(losses) * batch_size * config.block_size
+                record({"train_loss": np.mean(losses).item(), "tokens_per_s": tokens / (time.perf_counter() - start)})
+    table = pd.DataFrame(history, columns=["step", "metric", "part", "value"])
+    return Run(model.eval(), table, snapshots)
+
+
+@torch.no_grad()
+def evaluate(model: LocalGPT, tokens: np.ndarray, n_windows: int = 512, batch_size: int = 64) -> float:
+    """Mean cross-entropy in nats per token over ``n_windows`` evenly spaced windows: the same ones at every call."""
+    T, device = model.config.block_size, next(model.parameters()).device
+    if len(tokens) <= T:
+        raise ValueError(f"the validation part has {len(tokens)} tokens: too few for block_size={T}")
+    starts = np.unique(np.linspace(0, len(tokens) - T - 1, n_windows).astype(np.int64))[:, None]
+    was_training = model.training
+    model.eval()
+    total = 0.0
+    for chunk in np.array_split(starts, math.ceil(len(starts) / batch_size)):
+        total += model(*_windows(tokens, chunk, T, device))[1].item() * len(chunk)
+    model.train(was_training)
+    return total / len(starts)
+
+
+def twin(model: LocalGPT, **changes) -> LocalGPT:
+    """The same weights (and feedback matrices, where both have them) under changed settings, e.g. ``method="bp"``."""
+    with torch.random.fork_rng(devices=[]):
+        other = LocalGPT(dataclasses.replace(model.config, **changes))
+    other.load_state_dict(model.state_dict(), strict=False)
+    return other.to(next(model.parameters()).device).train(model.training)
+
+
+def gradients(model: LocalGPT, x: Tensor, y: Tensor) -> dict[str, Tensor | None]:
+    """The gradient of the loss on (x, y) by parameter name (None where none arrives); ``.grad`` stays as it was."""
+    parameters = dict(model.named_parameters())
+    grads = torch.autograd.grad(model(x, y)[1], list(parameters.values()), allow_unused=True)
+    return dict(zip(parameters, grads, strict=True))
+
+
+def gradient_cosines(model: LocalGPT, reference: LocalGPT, x: Tensor, y: Tensor) -> dict[str, float]:
+    """Cosine in [-1, 1] between the gradients of two models on one batch, by parameter.
+
+    Parameters that either model leaves without a gradient, or with one that is zero, are left out.
+    """
+    mine, theirs = gradients(model, x, y), gradients(reference, x, y)
+    cosines = {}
+    for name in mine:
+        pair = [g.double().flatten() for g in (mine[name], theirs[name]) if g is not None]
+        if len(pair) == 2 and all(g.any() for g in pair):
+            cosines[name] = F.cosine_similarity(*pair, dim=0, eps=0).item()
+    return cosines
+
+
+def save_atomically(path: Path, write) -> None:
+    """Let ``write(file)`` fill a temporary neighbour of ``path``, then rename it: readers see all of it or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".part", delete=False) as file:
+        try:
+            write(file)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+    os.replace(file.name, path)
+
+
+def _load_checkpoint(path: Path, settings: dict) -> dict | None:
+    """What ``train`` saved under these settings; None if nothing was, or (with a warning) nothing that can be used."""
+    if not path.exists():
+        return None
+    try:
+        saved = torch.load(path, weights_only=True)  # never unpickles code
+    except Exception as error:  # a half-written or corrupted archive can fail in any way
+        warnings.warn(f"{path.name} is damaged ({type(error).__name__}): training again", stacklevel=3)
+        return None
+    if saved.get("settings") != settings:
+        warnings.warn(f"{path.name} belongs to other settings: training again", stacklevel=3)
+        return None
+    return saved
+
+
+def _code_fingerprint(*sources: str) -> str:
+    """A hash of what the code does: comments, docstrings and layout do not count.
+
+    >>> _code_fingerprint("x = 1  # one") == _code_fingerprint("x=1") != _code_fingerprint("x = 2")
+    True
+    """
+    trees = [ast.parse(source) for source in sources]
+    for tree in trees:
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+                node.body = node.body[1:]
+    return hashlib.sha256("".join(map(ast.dump, trees)).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Capture and energies
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class CapturedAttention:
+    """One attention layer in its last forward and backward pass: scores, attn, grad = dL/dA, each (B, H, T, T).
+
+    Reading what was not captured raises RuntimeError with the reason.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._scores: Tensor | None = None
+        self._attn: Tensor | None = None
+        self._grad: Tensor | None = None
+        self._why_no_grad = ""
+
+    @property
+    def scores(self) -> Tensor:
+        """Masked scores: ``-inf`` where the query may not see the key."""
+        return self._or_fail(self._scores)
+
+    @property
+    def attn(self) -> Tensor:
+        return self._or_fail(self._attn)
+
+    @property
+    def grad(self) -> Tensor:
+        self._or_fail(self._attn)
+        if self._grad is None:
+            raise RuntimeError(f"no gradient reached the attention weights of {self.name!r}: {self._why_no_grad}")
+        return self._grad
+
+    def _or_fail(self, value: Tensor | None) -> Tensor:
+        if value is None:
+            raise RuntimeError(f"{self.name!r} saw no forward pass: run the model inside the 'with' block")
+        return value
+
+    def _on_forward(self, scores: Tensor, attn: Tensor) -> RemovableHandle | None:
+        """Keep a forward pass and ask for its gradient; the gradient of an earlier pass is no longer this one's."""
+        self._scores, self._attn, self._grad = scores.detach(), attn.detach(), None
+        if not attn.requires_grad:
+            self._why_no_grad = "the forward pass ran under torch.no_grad(), or every parameter is frozen"
+            return None
+        self._why_no_grad = "call loss.backward() inside the 'with' block, on a loss that depends on this layer"
+        return attn.register_hook(self._on_backward)
+
+    def _on_backward(self, grad: Tensor) -> None:
+        self._grad = grad.detach()
+
+
+@contextmanager
+def capture_attention(model: torch.nn.Module) -> Iterator[list[CapturedAttention]]:
+    """Record every attention layer of ``model`` through forward hooks; yields one CapturedAttention a layer, in order.
+
+    A layer is a module that maps scores (B, H, T, T) to attention weights of the same shape (``AttentionWeights``). The
+    gradient is that of the tensor which the forward pass really uses. On leaving, also after an exception, these hooks
+    and no others are removed; what was captured stays readable. Raises ValueError on a model without such a layer.
+
+    >>> model = LocalGPT(LocalGPTConfig(block_size=8, vocab_size=10, n_layer=2, n_head=2, n_embd=16))
+    >>> idx = torch.arange(8)[None]
+    >>> with capture_attention(model) as layers:
+    ...     model(idx, idx)[1].backward()
+    >>> [tuple(layer.grad.shape) for layer in layers]
+    [(1, 2, 8, 8), (1, 2, 8, 8)]
+    """
+    modules = {name: m for name, m in model.named_modules() if isinstance(m, AttentionWeights)}
+    if not modules:
+        raise ValueError(f"{type(model).__name__} has no AttentionWeights module: there is nothing to capture")
+    layers = [CapturedAttention(name) for name in modules]
+    handles: list[RemovableHandle] = []
+
+    def forward_hook(layer: CapturedAttention):
+        def hook(module, inputs, attn) -> None:
+            handle = layer._on_forward(inputs[0], attn)
+            if handle:
+                handles.append(handle)
+
+        return hook
+
+    try:
+        for module, layer in zip(modules.values(), layers, strict=True):
+            handles.append(module.register_forward_hook(forward_hook(layer)))
+        yield layers
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def capture_batch(model: LocalGPT, x: Tensor, y: Tensor) -> list[CapturedAttention]:
+    """Capture one forward and backward pass on (x, y), leaving every parameter's ``.grad`` as it was."""
+    with capture_attention(model) as layers:
+        gradients(model, x, y)
+    return layers
+
+
+class SoftmaxGradient(NamedTuple):
+    """The softmax's backward pass split in two, ``full = diag + offdiag``; same shape as the attention weights."""
+
+    full: Tensor
+    diag: Tensor
+    offdiag: Tensor
+
+
+def split_softmax_gradient(attn: Tensor, grad: Tensor) -> SoftmaxGradient:
+    """Split ``f = J g``, ``J = diag(a) - a a^T``, into ``d = a (1 - a) g`` and ``o_i = -a_i sum_{j != i} a_j g_j``.
+
+    attn: attention weights (..., T, T), rows over the last axis; grad: dL/dA of the same shape. Each part is computed
+    from its own formula and none by subtraction, so that their sum is a check.
+
+    >>> parts = split_softmax_gradient(torch.tensor([[0.5, 0.5]]), torch.tensor([[1.0, -1.0]]))
+    >>> parts.full, parts.diag, parts.offdiag
+    (tensor([[ 0.5000, -0.5000]]), tensor([[ 0.2500, -0.2500]]), tensor([[ 0.2500, -0.2500]]))
+    """
+    if attn.shape != grad.shape:
+        raise ValueError(f"attn has shape {tuple(attn.shape)} and grad {tuple(grad.shape)}: they must agree")
+    weighted = attn * grad
+    minus_others = weighted - weighted.sum(-1, keepdim=True)  # the lateral sum without the key's own term
+    visible = torch.ones((), dtype=torch.bool)  # neither rule looks at it: a masked key has a = 0
+    return SoftmaxGradient(full(attn, grad, visible), diagonal(attn, grad, visible), attn * minus_others)
+
+
+def head_energy(
+    attn: Tensor, grad: Tensor, visible: Tensor | None = None, n_boot: int = 1000, seed: int = 0
+) -> pd.DataFrame:
+    """How much of the softmax's backward pass is diagonal and how much lateral, one row a head.
+
+    attn: softmax weights (B, H, T, T); grad: dL/dA of the same shape; visible: boolean (T, T), causal if not given.
+
+    ============================== ========================================================================= =========
+    column                         meaning                                                                   range
+    ============================== ========================================================================= =========
+    r_diag, r_offdiag, r_cross     |d|^2, |o|^2 and 2<d, o>, each over |f|^2; their sum is 1                 >=0,>=0,R
+    one_minus_r_diag               off-diagonal *plus* cross term: no energy, and often negative             <= 1
+    cos_diag, cos_ste              cosine of d, and of g on the visible keys, with f                         [-1, 1]
+    cos_ste_unmasked               the same with g on all keys, also masked ones: what naive code measures   [-1, 1]
+    entropy                        of a row, over the log of its number of visible keys; first query left out [0, 1]
+    attn_max, attn_mean            largest weight of a row (first query left out); mean over visible keys    [0, 1]
+    defined                        False where |f| is at the rounding floor: ratios and cosines are then NaN
+    ============================== ========================================================================= =========
+
+    Energies are summed over a sequence's (query, key) pairs, averaged over sequences, then divided: a ratio of means.
+    Cosines are taken per sequence over the flattened map, then averaged. ``*_lo`` and ``*_hi`` bound the 95 % bootstrap
+    interval over the B sequences. Sums run in float64 and no absolute epsilon enters anywhere (gradients of a mean over
+    B*T tokens are of the order 1e-5). Raises ValueError where attn is not a softmax over the visible keys.
+
+    >>> a = torch.tensor([[1.0, 0.0], [0.5, 0.5]]).double()[None, None]
+    >>> row = head_energy(a, torch.tensor([[1.0, 0.0], [1.0, -1.0]]).double()[None, None]).iloc[0]
+    >>> row[["r_diag", "r_offdiag", "r_cross", "cos_diag"]].map(float).tolist()
+    [0.25, 0.25, 0.5, 1.0]
+    """
+    visible = _check_attention(attn, grad, visible)
+    n_visible = visible.sum(-1)
+    several = n_visible > 1  # a query with a single key has a = 1 and J = 0: it carries nothing
+    row_entropy = torch.special.entr(attn).sum(-1, dtype=torch.float64)[..., several]  # (B, H, queries)
+    shapes = {
+        "entropy": (row_entropy / n_visible[several].double().log()).mean(-1),
+        "attn_max": attn.amax(-1)[..., several].double().mean(-1),
+        "attn_mean": attn.sum((-2, -1), dtype=torch.float64) / visible.sum(),
+    }
+
+    # one sequence at a time: its maps stay in the processor's cache, which is three times faster than the whole batch
+    products = torch.stack([_inner_products(a.double(), g.double(), visible) for a, g in zip(attn, grad, strict=True)])
+    ff, dd, oo, do, df, ee, ef, gg, gf, terms = products.unbind(-1)  # (B, H) each
+    floor = (4 * torch.finfo(attn.dtype).eps) ** 2 * terms
+    pairs = {"cos_diag": (df, dd), "cos_ste": (ef, ee), "cos_ste_unmasked": (gf, gg)}
+    cosines = {name: torch.where(ff > floor, xf / (xx * ff).sqrt(), torch.nan) for name, (xf, xx) in pairs.items()}
+
+    # row 0 weighs every sequence once, the others are bootstrap resamples of the sequences
+    B = attn.shape[0]
+    counts = np.random.default_rng(seed).multinomial(B, np.full(B, 1 / B), size=n_boot)
+    weights = np.vstack([np.ones((1, B)), counts])
+
+    def mean(per_sequence: Tensor) -> np.ndarray:
+        """Means over the sequences, undefined ones left out: (1 + n_boot, H)."""
+        values = per_sequence.cpu().numpy()
+        known = np.isfinite(values)
+        with np.errstate(invalid="ignore"):  # a resample without a defined sequence has no mean
+            return weights @ np.where(known, values, 0) / (weights @ known)
+
+    energy = mean(ff)
+    energy[:, energy[0] <= mean(floor)[0]] = np.nan
+    draws = {"r_diag": mean(dd) / energy, "r_offdiag": mean(oo) / energy, "r_cross": 2 * mean(do) / energy}
+    draws["one_minus_r_diag"] = 1 - draws["r_diag"]
+    draws |= {name: mean(value) for name, value in (cosines | shapes).items()}
+    columns = {"head": range(attn.shape[1]), "defined": np.isfinite(energy[0])}
+    for name, draw in draws.items():
+        columns[name] = draw[0]
+        columns[f"{name}_lo"], columns[f"{name}_hi"] = np.quantile(draw[1:], [0.025, 0.975], axis=0)
+    return pd.DataFrame(columns)
+
+
+def _inner_products(a: Tensor, g: Tensor, visible: Tensor) -> Tensor:
+    """The inner products that ``head_energy`` needs, of one sequence's maps (H, T, T), summed over the map: (H, 10)."""
+    f, d, o = split_softmax_gradient(a, g)
+    e = ste(a, g, visible)
+    # f is a difference of two terms, a g and a b: what rounding leaves of them where they cancel hangs on their size
+    weighted = a * g
+    terms = a * weighted.sum(-1, keepdim=True)
+    pairs = ((f, f), (d, d), (o, o), (d, o), (d, f), (e, e), (e, f), (g, g), (g, f))
+    products = [torch.linalg.vecdot(x.flatten(1), y.flatten(1)) for x, y in pairs]
+    size = [torch.linalg.vecdot(x.flatten(1), x.flatten(1)) for x in (weighted, terms)]
+    return torch.stack([*products, sum(size)], dim=-1)
+
+
+def _check_attention(attn: Tensor, grad: Tensor, visible: Tensor | None) -> Tensor:
+    """Refuse what is no softmax attention; return the boolean map of visible keys (T, T)."""
+    if attn.dim() != 4 or attn.shape[-1] != attn.shape[-2] or attn.shape != grad.shape:
+        shapes = f"{tuple(attn.shape)} and {tuple(grad.shape)}"
+        raise ValueError(f"expected attn and grad of one shape (B, H, T, T), got {shapes}")
+    if visible is None:
+        visible = torch.ones(attn.shape[-2:], dtype=torch.bool, device=attn.device).tril()
+    if attn.amax((0, 1))[~visible].any():
+        raise ValueError("attn is not zero on masked keys: pass the map of visible keys that the model used")
+    if not ((attn.sum(-1) - 1).abs().amax() < 1e-3):  # written so that NaN fails too
+        raise ValueError("the rows of attn do not sum to 1: the split is that of a softmax")
+    if not grad.sum().isfinite():
+        raise ValueError("grad holds values that are not finite")
+    return visible
+
+
+def energy_table(layers: Iterable[CapturedAttention]) -> pd.DataFrame:
+    """``head_energy`` of all captured layers (of equal shape), one row a (layer, head)."""
+    layers = list(layers)
+    table = head_energy(torch.cat([layer.attn for layer in layers], 1), torch.cat([layer.grad for layer in layers], 1))
+    n_head = len(table) // len(layers)
+    table.insert(0, "layer", table["head"] // n_head)
+    return table.assign(head=table["head"] % n_head)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Figures
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Okabe and Ito's colour-blind-safe palette; one colour for one thing on every page
+COLORS = {
+    "bp": "#0072B2",
+    "fa": "#D55E00",
+    "sign_sym": "#009E73",
+    "dfa": "#CC79A7",
+    "full": "#333333",
+    "diag": "#0072B2",
+    "offdiag": "#D55E00",
+    "cross": "#009E73",
+    "ste": "#CC79A7",
+}
+SEQUENTIAL, DIVERGING = "viridis", "RdBu_r"  # energies; signed quantities, centred on zero
+
+
+def set_style() -> None:
+    """The look of every figure in the report; called once a notebook."""
+    sns.set_theme(context="notebook", style="ticks", palette=list(COLORS.values()))
+    plt.rcParams.update(
+        {
+            "figure.figsize": (7, 4),
+            "figure.dpi": 100,
+            "figure.constrained_layout.use": True,
+            "axes.titlelocation": "left",
+            "axes.titlesize": "medium",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "legend.frameon": False,
+        }
+    )
+
+
+def printable(text: str) -> list[str]:
+    """The characters of ``text`` as tick labels, with space and newline made visible.
+
+    >>> printable("a b\\n")
+    ['a', '␣', 'b', '⏎']
+    """
+    return ["␣" if c == " " else "⏎" if c == "\n" else c for c in text]
+
+
+def plot_losses(runs: Mapping[str, Run], references: Mapping[str, float], ax: Axes | None = None) -> Axes:
+    """Validation loss over training, a line a run; ``references`` (label: nats) are drawn across."""
+    ax = ax or plt.gca()
+    for label, run in runs.items():
+        loss = run.series("val_loss")
+        ax.plot(loss.index, loss, marker="o", markersize=4, label=label, color=COLORS.get(run.model.config.method))
+    for label, value in references.items():
+        ax.axhline(value, color="0.6", linewidth=1, linestyle="--")
+        place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
+        ax.annotate(f"{label} {value:.2f}", (1, value), **place, color="0.35", fontsize="small")
+    ax.set(xlabel="training step", ylabel="validation loss (nats per token)")
+    ax.legend()
+    return ax
+
+
+def plot_head_grid(
+    table: pd.DataFrame, quantity: str, ax: Axes | None = None, limits: tuple[float, float] | None = None
+) -> Axes:
+    """Layer x head heatmap of one column of ``energy_table``, layers down and heads across; undefined heads stay blank.
+
+    Signed quantities (their range crosses zero) get a diverging map centred on zero, others a sequential one.
+    """
+    grid = table.pivot(index="layer", columns="head", values=quantity)
+    low, high = limits or (np.nanmin(grid.to_numpy()), np.nanmax(grid.to_numpy()))
+    if low < 0:
+        extent = max(-low, high)
+        style = {"cmap": DIVERGING, "vmin": -extent, "vmax": extent}
+    else:
+        style = {"cmap": SEQUENTIAL, "vmin": low, "vmax": high}
+    ax = sns.heatmap(grid, annot=True, fmt=".2f", square=True, linewidths=1, ax=ax or plt.gca(), **style)
+    ax.tick_params(length=0)
+    return ax
+
+
+def plot_head_intervals(table: pd.DataFrame, quantities: Mapping[str, str], ax: Axes | None = None) -> Axes:
+    """A point with its 95 % interval for every head; ``quantities`` maps columns of ``energy_table`` to ``COLORS``."""
+    ax = ax or plt.gca()
+    position = np.arange(len(table))
+    for i, (quantity, color) in enumerate(quantities.items()):
+        shift = 0.18 * (i - (len(quantities) - 1) / 2)
+        error = [table[quantity] - table[f"{quantity}_lo"], table[f"{quantity}_hi"] - table[quantity]]
+        style = {"fmt": "o", "markersize": 4, "linewidth": 1.5, "color": COLORS[color], "label": quantity}
+        ax.errorbar(position + shift, table[quantity], yerr=np.clip(error, 0, None), **style)
+    ax.set_xticks(position, [f"{layer}.{head}" for layer, head in zip(table["layer"], table["head"], strict=True)])
+    ax.tick_params(axis="x", labelsize="small")
+    ax.set_xlabel("layer.head")
+    ax.legend()
+    return ax
+
+
+def plot_head_map(
+    values: Tensor,
+    text: str | None = None,
+    ax: Axes | None = None,
+    norm: Normalize | None = None,
+    cmap: str = SEQUENTIAL,
+) -> Axes:
+    """One (query, key) map (T, T), queries down and keys across; keys that a query may not see stay blank.
+
+    ``text`` (T characters) labels both axes; without it the axes count positions.
+    """
+    ax = ax or plt.gca()
+    T = len(values)
+    shown = np.ma.masked_where(~np.tri(T, dtype=bool), values.cpu().numpy())
+    ax.imshow(shown, cmap=cmap, norm=norm, interpolation="none")
+    if text is None:
+        ticks = range(0, T, max(1, T // 4))
+        ax.set_xticks(ticks)
+        ax.set_yticks(ticks)
+    else:
+        ax.set_xticks(range(T), printable(text))
+        ax.set_yticks(range(T), printable(text))
+        ax.tick_params(labelsize=7, length=0)
+        ax.set(xlabel="key", ylabel="query")
+    return ax
+
+
+def plot_head_maps(
+    maps: Tensor, label: str, axes: np.ndarray | None = None, decades: float | None = None
+) -> np.ndarray:
+    """All heads' maps (L, H, T, T) as a grid, layers down and heads across, with one colour bar and shared limits.
+
+    ``decades`` switches to a logarithmic scale that ends so many powers of ten below the largest value (for energies);
+    maps with a negative value get the diverging map, centred on zero. ``label`` names quantity and unit.
+    """
+    L, H = maps.shape[:2]
+    if axes is None:
+        _, axes = plt.subplots(L, H, figsize=(2 * H + 1, 2 * L), sharex=True, sharey=True, squeeze=False)
+    low, high, cmap = maps.min().item(), maps.max().item(), SEQUENTIAL
+    if decades is not None:
+        norm = LogNorm(high / 10**decades, high, clip=True)
+    elif low < 0:
+        norm, cmap = Normalize(-max(-low, high), max(-low, high)), DIVERGING
+    else:
+        norm = Normalize(0, high)
+    for layer in range(L):
+        for head in range(H):
+            ax = plot_head_map(maps[layer, head], ax=axes[layer, head], norm=norm, cmap=cmap)
+            ax.set_title(f"{layer}.{head}", fontsize="small", loc="center")
+    for ax in axes[-1]:
+        ax.set_xlabel("key")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("query")
+    figure = axes[0, 0].figure
+    figure.colorbar(plt.cm.ScalarMappable(norm=norm, cmap=cmap), ax=axes, label=label, shrink=0.6)
+    return axes

@@ -1,0 +1,406 @@
+"""LocalGPT: a small GPT whose backward pass can be made local, one piece at a time.
+
+Two independent choices decide how an error travels backwards:
+
+* ``method``: how every linear map ``y = x W^T`` sends its error back to ``x`` (``bp``, ``fa``, ``sign_sym``, ``dfa``);
+* ``softmax_backward``: how the softmax of attention sends its error back to the scores (``full``, ``diagonal``, ...).
+
+The forward pass is the same whatever they are: a pre-LayerNorm GPT as in nanoGPT, without biases and with an output
+layer of its own (tying it to the embedding would be weight transport by another name). The file reads from top to
+bottom: configuration, linear maps, softmax, attention, block, GPT.
+
+References
+----------
+Vaswani et al. 2017, "Attention is all you need"                                         the architecture
+Lillicrap et al. 2016, "Random synaptic feedback weights support error backpropagation"   ``fa``
+Liao et al. 2016, "How important is weight symmetry in backpropagation?"                  ``sign_sym``
+Moskovitz et al. 2018, "Feedback alignment in deep convolutional networks"                ``sign_sym``
+Nokland 2016, "Direct feedback alignment provides learning in deep neural networks"       ``dfa``
+Launay et al. 2020, "Direct feedback alignment scales to modern deep learning"            ``dfa`` in transformers
+Bengio et al. 2013, "Estimating or propagating gradients through stochastic neurons"      ``ste``
+Ramapuram et al. 2024, "Theory, analysis, and best practices for sigmoid self-attention"  ``attn_mode="sigmoid"``
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration
+# ---------------------------------------------------------------------------------------------------------------------
+
+INIT_STD = 0.02  # GPT-2's; weights and feedback matrices start at the same scale
+
+
+@dataclass(frozen=True)
+class LocalGPTConfig:
+    """Everything that determines the model; the defaults are the seed configuration of the report.
+
+    >>> LocalGPTConfig(n_embd=130)
+    Traceback (most recent call last):
+        ...
+    ValueError: n_embd=130 is not divisible by n_head=4: every head takes an equal share of the channels
+    """
+
+    block_size: int = 64  # longest sequence, in tokens
+    vocab_size: int = 65  # distinct tokens; 65 is Tiny Shakespeare's
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 128  # channels of the residual stream, shared out equally among the heads
+    dropout: float = 0.0  # probability, in [0, 1); on the residual branches, never on the attention weights
+    attn_mode: str = "softmax"  # one of ATTN_MODES
+    method: str = "fa"  # one of METHODS
+    softmax_backward: str = "full"  # one of SOFTMAX_BACKWARD
+    feedback_scale: float = 1.0  # standard deviation of the feedback matrices, in units of INIT_STD
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} is not a positive whole number")
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: "
+                "every head takes an equal share of the channels"
+            )
+        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout!r} is not a probability in [0, 1)")
+        if not isinstance(self.feedback_scale, (int, float)) or not 0 < self.feedback_scale < math.inf:
+            raise ValueError(f"feedback_scale={self.feedback_scale!r} is not a positive number")
+        for name, known in (("attn_mode", ATTN_MODES), ("method", METHODS), ("softmax_backward", SOFTMAX_BACKWARD)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(known)}")
+        if self.attn_mode == "sigmoid" and self.softmax_backward not in ("full", "none"):
+            raise ValueError(
+                f"softmax_backward={self.softmax_backward!r} replaces a softmax's Jacobian, and attn_mode='sigmoid' "
+                "has none: choose 'full' (its own exact derivative) or 'none'"
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Linear maps: how y = x W^T sends its error back. The weight's own update is grad_y^T x in all of them.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class BackpropLinear(nn.Linear):
+    """Backpropagation, ``grad_x = grad_y W``: the error returns through the very weights it is meant to correct."""
+
+    def __init__(self, n_in: int, n_out: int, feedback_std: float = INIT_STD) -> None:
+        super().__init__(n_in, n_out, bias=False)
+        self.feedback_std = feedback_std
+
+    def reset_feedback(self) -> None:
+        """Draw what the backward pass uses instead of ``W``; backpropagation uses ``W`` itself."""
+
+
+class FeedbackAlignmentLinear(BackpropLinear):
+    """Feedback alignment (Lillicrap et al. 2016), ``grad_x = grad_y B`` ``B`` fixed, random, shaped as ``W``.
+
+    ``B`` is a buffer: drawn once, independently of ``W``, never trained, saved with the model.
+    """
+
+    def __init__(self, n_in: int, n_out: int, feedback_std: float = INIT_STD) -> None:
+        super().__init__(n_in, n_out, feedback_std)
+        self.register_buffer("feedback", torch.zeros(n_out, n_in))
+
+    def reset_feedback(self) -> None:
+        self.feedback.normal_(0.0, self.feedback_std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _FeedbackLinear.apply(x, self.weight, self.feedback)
+
+
+class SignSymmetricLinear(BackpropLinear):
+    """Sign symmetry (Liao et al. 2016), ``grad_x = grad_y sign(W) std(B)``: the wiring is known, the strength not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _FeedbackLinear.apply(x, self.weight, self.weight.detach().sign() * self.feedback_std)
+
+
+class _FeedbackLinear(torch.autograd.Function):
+    """``y = x W^T`` forwards, ``grad_x = grad_y B`` backwards. x: (..., n_in), W and B: (n_out, n_in)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, feedback: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)  # "no gradient" stays None instead of turning into zeros that AdamW acts on
+        ctx.save_for_backward(x, feedback)
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx, grad_y: Tensor | None):
+        if grad_y is None:
+            return None, None, None
+        x, feedback = ctx.saved_tensors
+        grad_x = grad_y @ feedback if ctx.needs_input_grad[0] else None
+        grad_weight = grad_y.flatten(0, -2).T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, None
+
+
+class _DirectFeedback(torch.autograd.Function):
+    """Direct feedback alignment: the output error reaches each block in one step, ``grad_x_l = e B_l``.
+
+    Forwards it hands ``logits`` (B, T, V) through; ``taps`` are the block outputs (B, T, C), already cut off from what
+    follows them, so that the graph is a star with the error ``e = dL/dlogits`` at its centre. feedback: (L, V, C).
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, feedback: Tensor, *taps: Tensor) -> Tensor:
+        ctx.save_for_backward(feedback)
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx, error: Tensor):
+        (feedback,) = ctx.saved_tensors
+        return error, None, *(error @ b for b in feedback)
+
+
+METHODS: dict[str, type[BackpropLinear]] = {
+    "bp": BackpropLinear,
+    "fa": FeedbackAlignmentLinear,
+    "sign_sym": SignSymmetricLinear,
+    "dfa": BackpropLinear,  # exact inside a block; between blocks no error travels at all (see _DirectFeedback)
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Softmax: how a = softmax(s) sends its error g = dL/da back to s. A rule takes a, g (..., T, T) and the boolean map of
+# visible keys (T, T), and returns dL/ds, or None where nothing is sent. A further rule is one function and its entry.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def full(a: Tensor, g: Tensor, visible: Tensor) -> Tensor:
+    """The exact pass, ``f = J g = a (g - b)`` with the lateral sum ``b = sum_j a_j g_j`` over all keys.
+
+    >>> a, g = torch.tensor([0.25, 0.75]), torch.tensor([1.0, -1.0])
+    >>> full(a, g, torch.ones(2, dtype=bool))
+    tensor([ 0.3750, -0.3750])
+    """
+    return a * (g - (a * g).sum(-1, keepdim=True))
+
+
+def diagonal(a: Tensor, g: Tensor, visible: Tensor) -> Tensor:
+    """The diagonal of the Jacobian alone, ``d = a (1 - a) g``: what a sigmoid with output ``a`` would do."""
+    return a * (1 - a) * g
+
+
+def ste(a: Tensor, g: Tensor, visible: Tensor) -> Tensor:
+    """Straight-through (Bengio et al. 2013), ``e = g`` on the keys that the query may see: the identity for ``J``."""
+    return g * visible
+
+
+def none(a: Tensor, g: Tensor, visible: Tensor) -> None:
+    """Nothing: ``W_q`` and ``W_k`` get no gradient at all and stay as they were drawn. The control."""
+
+
+SOFTMAX_BACKWARD: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor | None]] = {
+    rule.__name__: rule for rule in (full, diagonal, ste, none)
+}
+
+
+def _sigmoid(scores: Tensor) -> Tensor:
+    """Sigmoid attention (Ramapuram et al. 2024): each key by itself, with their bias ``-log T``."""
+    return torch.sigmoid(scores - math.log(scores.shape[-1]))
+
+
+ATTN_MODES: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda scores: torch.softmax(scores, dim=-1),
+    "sigmoid": _sigmoid,
+}
+
+
+class AttentionWeights(nn.Module):
+    """Scores in, attention weights out, both (B, H, T, T): the one place a forward hook needs in order to see them.
+
+    Masked scores are ``-inf`` and their weights exactly 0. The backward pass follows ``softmax_backward``; a sigmoid's
+    exact derivative is the diagonal formula, which is why sigmoid attention has no lateral term.
+    """
+
+    def __init__(self, attn_mode: str, softmax_backward: str) -> None:
+        super().__init__()
+        self.activation = ATTN_MODES[attn_mode]
+        exact_sigmoid = attn_mode == "sigmoid" and softmax_backward == "full"
+        self.rule = diagonal if exact_sigmoid else SOFTMAX_BACKWARD[softmax_backward]
+
+    def forward(self, scores: Tensor, visible: Tensor) -> Tensor:
+        return _RuledWeights.apply(scores, visible, self.activation, self.rule)
+
+
+class _RuledWeights(torch.autograd.Function):
+    """``a = activation(s)`` forwards, ``dL/ds = rule(a, dL/da)`` backwards."""
+
+    @staticmethod
+    def forward(ctx, scores: Tensor, visible: Tensor, activation: Callable, rule: Callable) -> Tensor:
+        attn = activation(scores)
+        ctx.rule = rule
+        ctx.save_for_backward(attn, visible)
+        return attn
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        attn, visible = ctx.saved_tensors
+        return ctx.rule(attn, grad, visible), None, None, None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention, ``O = A V`` with ``A = softmax(Q K^T / sqrt(D))``, written out so that A can be seen."""
+
+    def __init__(self, config: LocalGPTConfig) -> None:
+        super().__init__()
+        linear, std = METHODS[config.method], INIT_STD * config.feedback_scale
+        self.n_head = config.n_head
+        self.head_dim = config.n_embd // config.n_head
+        self.q_proj = linear(config.n_embd, config.n_embd, std)
+        self.k_proj = linear(config.n_embd, config.n_embd, std)
+        self.v_proj = linear(config.n_embd, config.n_embd, std)
+        self.o_proj = linear(config.n_embd, config.n_embd, std)
+        self.attn_weights = AttentionWeights(config.attn_mode, config.softmax_backward)
+        self.resid_drop = nn.Dropout(config.dropout)
+        # True where the query (row) may see the key (column), as in F.scaled_dot_product_attention
+        mask = torch.ones(config.block_size, config.block_size, dtype=torch.bool).tril()
+        self.register_buffer("causal_mask", mask, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        heads = (B, T, self.n_head, self.head_dim)
+        q = self.q_proj(x).view(heads).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_proj(x).view(heads).transpose(1, 2)  # (B, H, T, D)
+        v = self.v_proj(x).view(heads).transpose(1, 2)  # (B, H, T, D)
+        visible = self.causal_mask[:T, :T]
+        scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)  # (B, H, T, T)
+        attn = self.attn_weights(scores.masked_fill(~visible, -math.inf), visible)  # (B, H, T, T)
+        o = (attn @ v).transpose(1, 2).reshape(B, T, C)  # heads side by side again
+        return self.resid_drop(self.o_proj(o))
+
+
+class MLP(nn.Module):
+    """The position-wise half of a block: widen by four, GELU, narrow."""
+
+    def __init__(self, config: LocalGPTConfig) -> None:
+        super().__init__()
+        linear, std = METHODS[config.method], INIT_STD * config.feedback_scale
+        self.up_proj = linear(config.n_embd, 4 * config.n_embd, std)
+        self.down_proj = linear(4 * config.n_embd, config.n_embd, std)
+        self.resid_drop = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resid_drop(self.down_proj(F.gelu(self.up_proj(x))))
+
+
+class Block(nn.Module):
+    """``x + attention(LN(x))``, then ``x + MLP(LN(x))``."""
+
+    def __init__(self, config: LocalGPTConfig) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=False)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=False)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class LocalGPT(nn.Module):
+    """A GPT that learns by ``config.method``, with attention that learns by ``config.softmax_backward``.
+
+    Two models built after the same ``torch.manual_seed`` start from the same weights, whatever their learning rules:
+    the feedback matrices are drawn after all the weights.
+
+    >>> _ = torch.manual_seed(0)
+    >>> model = LocalGPT(LocalGPTConfig(block_size=8, vocab_size=10, n_layer=1, n_head=2, n_embd=16))
+    >>> idx = torch.arange(8)[None]
+    >>> logits, loss = model(idx, targets=idx)
+    >>> logits.shape, loss.shape
+    (torch.Size([1, 8, 10]), torch.Size([]))
+    >>> model.generate(idx, n_new=3).shape
+    torch.Size([1, 11])
+    """
+
+    def __init__(self, config: LocalGPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        linear, std = METHODS[config.method], INIT_STD * config.feedback_scale
+        self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=False)
+        self.lm_head = linear(config.n_embd, config.vocab_size, std)
+        if config.method == "dfa":  # one map for the embedding's output and one for each block's
+            shape = (config.n_layer + 1, config.vocab_size, config.n_embd)
+            self.register_buffer("direct_feedback", torch.zeros(shape))
+        self._reset_parameters()
+
+    @torch.no_grad()
+    def _reset_parameters(self) -> None:
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                # GPT-2: what is added to the residual stream is scaled down with the number of additions
+                is_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                std = INIT_STD / math.sqrt(2 * self.config.n_layer) if is_residual else INIT_STD
+                parameter.normal_(0.0, std)
+        for module in self.modules():
+            if isinstance(module, BackpropLinear):
+                module.reset_feedback()
+        if self.config.method == "dfa":
+            self.direct_feedback.normal_(0.0, INIT_STD * self.config.feedback_scale)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Predict the next token at every position.
+
+        idx, targets: (B, T) token ids in [0, vocab_size), T <= block_size. Returns logits (B, T, vocab_size) and the
+        mean cross-entropy in nats per token (None without targets). Raises ValueError on a wrong shape.
+        """
+        if idx.dim() != 2 or not 1 <= idx.shape[1] <= self.config.block_size:
+            raise ValueError(f"idx has shape {tuple(idx.shape)}: expected (B, T), T from 1 to {self.config.block_size}")
+        if targets is not None and targets.shape != idx.shape:
+            raise ValueError(f"targets have shape {tuple(targets.shape)}, idx {tuple(idx.shape)}: they must agree")
+        position = torch.arange(idx.shape[1], device=idx.device)
+        x = self.drop(self.token_embedding(idx) + self.position_embedding(position))  # (B, T, C)
+        taps: list[Tensor] = []
+        x = self._between_blocks(x, taps)
+        for block in self.blocks:
+            x = self._between_blocks(block(x), taps)
+        logits = self.lm_head(self.ln_f(x))  # (B, T, V)
+        if taps:
+            logits = _DirectFeedback.apply(logits, self.direct_feedback, *taps)
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def _between_blocks(self, x: Tensor, taps: list[Tensor]) -> Tensor:
+        """Under ``dfa`` cut the backward path here, and keep ``x`` as a place where the output error is to arrive."""
+        if self.config.method != "dfa":
+            return x
+        taps.append(x)
+        return x.detach()
+
+    @torch.no_grad()
+    def generate(
+        self, idx: Tensor, n_new: int, temperature: float = 1.0, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Continue ``idx`` (B, T) by ``n_new`` sampled tokens; returns (B, T + n_new).
+
+        ``temperature`` > 0 divides the logits; ``generator`` makes the sample repeatable.
+        """
+        if temperature <= 0:
+            raise ValueError(f"temperature={temperature} is not positive")
+        was_training = self.training
+        self.eval()
+        for _ in range(n_new):
+            logits, _ = self(idx[:, -self.config.block_size :])
+            probs = torch.softmax(logits[:, -1] / temperature, dim=-1)
+            idx = torch.cat((idx, torch.multinomial(probs, 1, generator=generator)), dim=1)
+        self.train(was_training)
+        return idx
