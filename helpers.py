@@ -30,7 +30,7 @@ import pandas as pd
 import seaborn as sns
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm, Normalize
+from matplotlib.colors import LogNorm, Normalize, SymLogNorm
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
@@ -254,7 +254,7 @@ def train(
         "eval_every": eval_every,
         "device": device,
         "code": _code_fingerprint(*map(inspect.getsource, (model_local, train, get_batch, evaluate))),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a str of its own class, which the safe loader refuses
     }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     path = directory / f"{config.method}-{config.softmax_backward}-{key}.pt"
@@ -700,7 +700,7 @@ def plot_head_grid(
         style = {"cmap": DIVERGING, "vmin": -extent, "vmax": extent}
     else:
         style = {"cmap": SEQUENTIAL, "vmin": low, "vmax": high}
-    ax = sns.heatmap(grid, annot=True, fmt=".2f", square=True, linewidths=1, ax=ax or plt.gca(), **style)
+    ax = sns.heatmap(grid, annot=True, fmt=".2f", square=True, linewidths=1, cbar=False, ax=ax or plt.gca(), **style)
     ax.tick_params(length=0)
     return ax
 
@@ -743,29 +743,22 @@ def plot_head_map(
     else:
         ax.set_xticks(range(T), printable(text))
         ax.set_yticks(range(T), printable(text))
-        ax.tick_params(labelsize=7, length=0)
+        ax.tick_params(labelsize=9, length=0)
         ax.set(xlabel="key", ylabel="query")
     return ax
 
 
 def plot_head_maps(
-    maps: Tensor, label: str, axes: np.ndarray | None = None, decades: float | None = None
+    maps: Tensor, label: str, axes: np.ndarray | None = None, norm: Normalize | None = None, cmap: str = SEQUENTIAL
 ) -> np.ndarray:
-    """All heads' maps (L, H, T, T) as a grid, layers down and heads across, with one colour bar and shared limits.
+    """All heads' maps (L, H, T, T) as a grid, layers down and heads across, with one scale and one colour bar.
 
-    ``decades`` switches to a logarithmic scale that ends so many powers of ten below the largest value (for energies);
-    maps with a negative value get the diverging map, centred on zero. ``label`` names quantity and unit.
+    ``label`` names the quantity and its unit; ``norm`` is the scale, from 0 to the largest value if not given.
     """
     L, H = maps.shape[:2]
     if axes is None:
-        _, axes = plt.subplots(L, H, figsize=(2 * H + 1, 2 * L), sharex=True, sharey=True, squeeze=False)
-    low, high, cmap = maps.min().item(), maps.max().item(), SEQUENTIAL
-    if decades is not None:
-        norm = LogNorm(high / 10**decades, high, clip=True)
-    elif low < 0:
-        norm, cmap = Normalize(-max(-low, high), max(-low, high)), DIVERGING
-    else:
-        norm = Normalize(0, high)
+        _, axes = plt.subplots(L, H, figsize=(2 * H + 1, 2 * L + 0.4), sharex=True, sharey=True, squeeze=False)
+    norm = norm or Normalize(0, maps.max().item())
     for layer in range(L):
         for head in range(H):
             ax = plot_head_map(maps[layer, head], ax=axes[layer, head], norm=norm, cmap=cmap)
@@ -774,6 +767,17 @@ def plot_head_maps(
         ax.set_xlabel("key")
     for ax in axes[:, 0]:
         ax.set_ylabel("query")
-    figure = axes[0, 0].figure
-    figure.colorbar(plt.cm.ScalarMappable(norm=norm, cmap=cmap), ax=axes, label=label, shrink=0.6)
+    axes[0, 0].figure.colorbar(plt.cm.ScalarMappable(norm=norm, cmap=cmap), ax=axes, label=label, shrink=0.6)
     return axes
+
+
+def energy_scale(maps: Tensor, decades: float = 3) -> LogNorm:
+    """A logarithmic scale for energies that ends ``decades`` powers of ten below the largest; clipped there."""
+    high = maps.max().item()
+    return LogNorm(high / 10**decades, high, clip=True)
+
+
+def signed_scale(maps: Tensor, linear: float = 0.01) -> SymLogNorm:
+    """A scale for signed values, centred on zero: logarithmic beyond the fraction ``linear`` of the largest size."""
+    high = maps.abs().max().item()
+    return SymLogNorm(linear * high, vmin=-high, vmax=high)

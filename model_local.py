@@ -137,6 +137,7 @@ class _FeedbackLinear(torch.autograd.Function):
         if grad_y is None:
             return None, None, None
         x, feedback = ctx.saved_tensors
+        grad_y = grad_y.contiguous()  # else each of the two products makes its own copy
         grad_x = grad_y @ feedback if ctx.needs_input_grad[0] else None
         grad_weight = grad_y.flatten(0, -2).T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight, None
@@ -169,7 +170,8 @@ METHODS: dict[str, type[BackpropLinear]] = {
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Softmax: how a = softmax(s) sends its error g = dL/da back to s. A rule takes a, g (..., T, T) and the boolean map of
-# visible keys (T, T), and returns dL/ds, or None where nothing is sent. A further rule is one function and its entry.
+# visible keys (T, T), and returns dL/ds, 0 on all other keys, or None where nothing is sent. A further rule is one
+# function and its entry.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -180,7 +182,7 @@ def full(a: Tensor, g: Tensor, visible: Tensor) -> Tensor:
     >>> full(a, g, torch.ones(2, dtype=bool))
     tensor([ 0.3750, -0.3750])
     """
-    return a * (g - (a * g).sum(-1, keepdim=True))
+    return (g - (a * g).sum(-1, keepdim=True)).mul_(a)
 
 
 def diagonal(a: Tensor, g: Tensor, visible: Tensor) -> Tensor:
@@ -272,12 +274,13 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.shape
         heads = (B, T, self.n_head, self.head_dim)
-        q = self.q_proj(x).view(heads).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_proj(x).view(heads).transpose(1, 2)  # (B, H, T, D)
+        q = self.q_proj(x).view(heads).transpose(1, 2).flatten(0, 1)  # (B*H, T, D)
+        k = self.k_proj(x).view(heads).transpose(1, 2).flatten(0, 1)  # (B*H, T, D)
         v = self.v_proj(x).view(heads).transpose(1, 2)  # (B, H, T, D)
         visible = self.causal_mask[:T, :T]
-        scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)  # (B, H, T, T)
-        attn = self.attn_weights(scores.masked_fill(~visible, -math.inf), visible)  # (B, H, T, T)
+        mask = x.new_zeros(T, T).masked_fill(~visible, -math.inf)
+        scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=self.head_dim**-0.5)  # mask + Q K^T / sqrt(D)
+        attn = self.attn_weights(scores.view(B, self.n_head, T, T), visible)  # (B, H, T, T)
         o = (attn @ v).transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return self.resid_drop(self.o_proj(o))
 

@@ -5,8 +5,11 @@ gets a line a notebook: its name and how long it took. A notebook is written whe
 """
 
 import argparse
+import asyncio
+import contextlib
 import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -34,6 +37,7 @@ class Client(NotebookClient):
             record_timing=False,
             resources={"metadata": {"path": source.parent}},
             config=Config(KernelManager={"transport_encryption": "auto"}),  # else each kernel warns that it has none
+            on_notebook_start=self.take_interrupts,
             on_cell_start=self.start_cell,
         )
         # disable=None: no bars where there is no terminal.
@@ -41,6 +45,11 @@ class Client(NotebookClient):
         self.cells = tqdm(total=len(nb.cells), desc=source.stem, bar_format=layout, leave=False, disable=None)
         self.inner = tqdm(bar_format="{desc}", leave=False, disable=None)
         self.logged = time.monotonic()
+
+    def take_interrupts(self, notebook):
+        # nbclient would end the kernel under its own feet. So Ctrl-C is a KeyboardInterrupt; the kernel ends at exit.
+        with contextlib.suppress(NotImplementedError):
+            asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)
 
     def start_cell(self, cell, cell_index):
         self.cells.update(cell_index - self.cells.n)
@@ -100,7 +109,10 @@ def execute(source, target):
     except CellExecutionError as error:
         sys.exit(f"\n{error}\n{source}: a cell failed, see above")
     except DeadKernelError:
-        sys.exit(f"\n{source}: interrupted, or its kernel died (out of memory?)")
+        sys.exit(f"\n{source}: its kernel died (out of memory?)")
+    except KeyboardInterrupt:
+        client.shutdown_kernel = "immediate"  # it is at work, and would complain that it cannot report
+        raise
     finally:
         client.inner.close()
         client.cells.close()
@@ -128,4 +140,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted: the next call goes on with this notebook")

@@ -43,12 +43,12 @@ def encode(text):
     >>> encode("aaa")
     Traceback (most recent call last):
     ...
-    prepare.CorpusError: the text has 1 distinct characters, and at least 2 are needed: give a text to learn from
+    prepare.CorpusError: distinct characters in the text: 1, and at least 2 are needed: give a text to learn from
     """
     codes, tokens = np.unique(np.frombuffer(text.encode("utf-32-le"), "<u4"), return_inverse=True)
     if len(codes) < 2:
         raise CorpusError(
-            f"the text has {len(codes)} distinct characters, and at least 2 are needed: give a text to learn from"
+            f"distinct characters in the text: {len(codes)}, and at least 2 are needed: give a text to learn from"
         )
     if len(codes) > 2**16:
         raise CorpusError(
@@ -106,7 +106,8 @@ def read_text(folder):
         with open(folder / "meta.pkl", "rb") as file:
             meta = PlainUnpickler(file).load()
         parts = [np.fromfile(folder / name, "<u2") for name in ("train.bin", "val.bin")]
-        return decode(np.concatenate(parts), meta)
+        tokens = np.concatenate(parts)
+        return decode(tokens, meta) if len(parts[0]) == len(split(tokens)[0]) else None
     except Exception:  # what a damaged pickle raises can be anything
         return None
 
@@ -117,6 +118,9 @@ def write_corpus(name, text):
     tokens, meta = encode(text)
     train, val = split(tokens)
     if read_text(folder) != text:
+        others = {path.name for path in folder.glob("*")} - {"train.bin", "val.bin", "meta.pkl"}
+        if others:
+            raise CorpusError(f"data/{name} holds {min(others)}, which is no part of a corpus: choose another --name")
         # Built beside its place, then swapped in by two renames: an interrupt leaves the old corpus or the new one.
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=DATA) as scratch:
             new, old = Path(scratch, "new"), Path(scratch, "old")
@@ -134,7 +138,7 @@ def write_corpus(name, text):
                 raise
     print(
         f"data/{name}: {len(train):,} tokens to train on, {len(val):,} to validate on, "
-        f"{meta['vocab_size']} distinct characters, SHA-256 {sha256(text)}"
+        f"{meta['vocab_size']:,} distinct characters, SHA-256 {sha256(text)}"
     )
 
 
@@ -184,7 +188,7 @@ def prepare_default():
         return write_corpus("shakespeare_char", download_shakespeare())
     except CorpusError as error:
         if os.path.lexists(DATA / "shakespeare_char"):
-            raise CorpusError(f"data/shakespeare_char is damaged: delete it or make it again. {error}") from None
+            raise CorpusError(f"data/shakespeare_char is damaged: delete it to go on without it.\n{error}") from None
         print(f"{error}\nGoing on with the EMBEDDED corpus, python_reference.", file=sys.stderr)
     write_corpus("python_reference", python_reference())
 

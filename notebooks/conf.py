@@ -8,6 +8,7 @@ project = "Is the backward pass of softmax attention local?"
 author = "LocalGPT contributors"
 html_title = project
 html_theme = "furo"
+html_show_copyright = False
 html_show_sourcelink = False
 html_copy_source = False
 html_use_index = False
@@ -24,10 +25,21 @@ mathjax_path = "tex-svg.js"
 mathjax3_config = {"tex": {"tags": "ams"}, "svg": {"fontCache": "global"}}
 html_css_files = ["report.css"]
 CSS = """\
+/* Lines of code are up to 120 characters long. */
+.content { width: 54em }
+div.highlight pre { font-size: 75% }
+table.dataframe td { white-space: nowrap }
+/* Formulas are never higher than their box: no scroll bar beside them. */
+div.math { overflow-y: hidden }
 /* MathJax numbers the equations itself. */
 .amsmath .eqno { display: none }
 /* References are links, and MathJax draws them in black whatever the theme. */
 mjx-container[jax="SVG"] a { fill: currentColor !important; stroke: currentColor !important }
+/* Tables of pandas, which come with a border of their own. */
+table.dataframe { border: 0; border-collapse: collapse; font-variant-numeric: tabular-nums }
+table.dataframe :is(th, td) {
+  border: 0; border-bottom: 1px solid var(--color-background-border); padding: .2rem .8rem; text-align: right
+}
 """
 
 

@@ -1,0 +1,148 @@
+"""What the local rules, the visible attention, its capture and its analysis cost on this machine's CPU: make bench.
+
+Everything is timed in turn, round after round, each round there and back in a new order: a machine that slows down
+slows all of it. A ratio is the median over rounds of the ratio of two times in one round, and half of the rounds lie
+between its quartiles. Nothing fails here: what is over its bound is marked; wide quartiles mean a busy machine.
+"""
+
+import argparse
+import random
+import time
+from collections.abc import Callable
+from statistics import median, quantiles
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
+
+import helpers
+from model_local import LocalGPT, LocalGPTConfig
+
+BATCH_SIZE = 32  # the report's, as are LocalGPTConfig's defaults
+
+
+class PlainBlock(nn.Module):
+    """nanoGPT's block: one matrix for Q, K and V, and PyTorch's fused attention, whose weights nobody sees."""
+
+    def __init__(self, n_embd: int, n_head: int) -> None:
+        super().__init__()
+        self.n_head = n_head
+        self.ln_1, self.ln_2 = (nn.LayerNorm(n_embd, bias=False) for _ in range(2))
+        self.qkv_proj = nn.Linear(n_embd, 3 * n_embd, bias=False)
+        self.o_proj = nn.Linear(n_embd, n_embd, bias=False)
+        up_proj, down_proj = nn.Linear(n_embd, 4 * n_embd, bias=False), nn.Linear(4 * n_embd, n_embd, bias=False)
+        self.mlp = nn.Sequential(up_proj, nn.GELU(), down_proj)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = (y.view(B, T, self.n_head, -1).transpose(1, 2) for y in self.qkv_proj(self.ln_1(x)).split(C, dim=2))
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
+        x = x + self.o_proj(o.transpose(1, 2).reshape(B, T, C))
+        return x + self.mlp(self.ln_2(x))
+
+
+class PlainGPT(nn.Module):
+    """LocalGPT's shape as one would write it for speed, trained by autograd."""
+
+    def __init__(self, config: LocalGPTConfig) -> None:
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
+        self.blocks = nn.Sequential(*(PlainBlock(config.n_embd, config.n_head) for _ in range(config.n_layer)))
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=False)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+
+    def forward(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.token_embedding(idx) + self.position_embedding(torch.arange(idx.shape[1]))
+        logits = self.lm_head(self.ln_f(self.blocks(x)))
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+class Shapes(TorchDispatchMode, set):
+    """The shapes of all tensors that are made inside the ``with`` block."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.update(leaf.shape for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
+        return out
+
+
+def training_step(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)  # all of its work, and every round finds the same weights
+
+    def step() -> None:
+        loss = model(x, y)[1]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def interleave(variants: dict[str, Callable], seconds: float) -> dict[str, list[float]]:
+    """Milliseconds of each variant in each round, the mean of its two turns."""
+    times = {name: [] for name in variants}
+    start = now = time.perf_counter()
+    with tqdm(total=seconds, desc="bench", bar_format="{desc} {percentage:3.0f}% {bar} {elapsed}", leave=False) as bar:
+        while now < start + seconds or len(times["bp"]) < 3:
+            order = random.sample(sorted(variants), len(variants))
+            taken = dict.fromkeys(variants, 0.0)
+            for name in (*order, *reversed(order)):
+                before, _ = time.perf_counter(), variants[name]()
+                now = time.perf_counter()
+                taken[name] += 1000 * (now - before) / 2
+            for name in variants:
+                times[name].append(taken[name])
+            bar.update(min(seconds, now - start) - bar.n)
+    return {name: series[1:] for name, series in times.items()}  # the first round warmed up
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=60, help="how long to measure; a round takes about one second")
+    seconds = parser.parse_args().seconds
+
+    config = LocalGPTConfig()
+    x, y = torch.randint(config.vocab_size, (2, BATCH_SIZE, config.block_size))  # what the tokens say does not matter
+    bp, fa = (LocalGPT(LocalGPTConfig(method=method)) for method in ("bp", "fa"))
+    layers = helpers.capture_batch(fa, x, y)
+
+    def uncaptured() -> None:
+        fa.zero_grad()
+        fa(x, y)[1].backward()
+
+    def captured() -> None:
+        with helpers.capture_attention(fa):
+            uncaptured()
+
+    variants = {"plain": PlainGPT(config), "bp": bp, "fa": fa}
+    variants = {name: training_step(model, x, y) for name, model in variants.items()}
+    variants |= {"uncaptured": uncaptured, "captured": captured, "energy": lambda: helpers.energy_table(layers)}
+    times = interleave(variants, seconds)
+    with Shapes() as shapes:
+        n_heads = len(helpers.energy_table(layers))
+
+    print(f"torch {torch.__version__}, CPU, {torch.get_num_threads()} threads, medians of {len(times['bp'])} rounds;")
+    print(f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} channels, batch {tuple(x.shape)}\n")
+    row = "{:51} {:>6} {:>12} {:>6} {:>7} {:>7}  {}"
+    print(row.format("what (a over b)", "ratio", "quartiles", "bound", "ms a", "ms b", ""))
+    for what, a, b, bound in (
+        ("training step, fa over bp", "fa", "bp", 1.05),
+        ("training step, bp over a plain GPT, attention fused", "bp", "plain", 1.0),
+        ("forward and backward, with capture over without", "captured", "uncaptured", 1.3),
+    ):
+        low, ratio, high = quantiles((ta / tb for ta, tb in zip(times[a], times[b], strict=True)), n=4)
+        ms = [f"{median(times[name]):.1f}" for name in (a, b)]
+        print(row.format(what, f"{ratio:.3f}", f"{low:.3f}-{high:.3f}", f"{bound:.2f}", *ms, "OVER" * (ratio > bound)))
+    energy = median(times["energy"])
+    what = f"head_energy, {n_heads} heads"
+    print(row.format(what, "", "", "50 ms", f"{energy:.1f}", "", "OVER" * (energy > 50)))
+    n_cubes = sum(shape.count(config.block_size) > 2 for shape in shapes)
+    print(f"\nhead_energy's largest tensor is {tuple(max(shapes, key=torch.Size.numel))}; T x T x T tensors: {n_cubes}")
+
+
+if __name__ == "__main__":
+    main()
