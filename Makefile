@@ -9,7 +9,7 @@ CORPUS := report/.work/corpus.txt
 NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb))
 EXECUTED := $(NOTEBOOKS:notebooks/%=$(SITE)/%)
 
-.PHONY: help report test lab bench notebooks setup lint clean FORCE
+.PHONY: help report test lab sweep bench notebooks setup lint clean FORCE
 .DELETE_ON_ERROR:
 # In their order: a notebook may load what an earlier one has trained.
 .NOTPARALLEL:
@@ -27,6 +27,9 @@ test: .venv/.ready $(CORPUS)  ## set up, then run every notebook and every examp
 
 lab: .venv/.ready $(CORPUS)  ## open the notebooks in JupyterLab
 	$(PY) -m jupyterlab notebooks
+
+sweep: .venv/.ready $(CORPUS)  ## train the runs that data/results.csv still misses (hours)
+	$(PY) data/sweep.py
 
 bench: .venv/.ready $(CORPUS)  ## measure what the local rules and the capture cost
 	$(PY) .ci/bench.py

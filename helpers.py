@@ -1,4 +1,4 @@
-"""Shared tools of the notebooks, in reading order: data, training, capture and energies, figures.
+"""Shared tools of the notebooks, in reading order: data, training, capture and energies, experiment, figures.
 
 Numbers come from pure functions, figures from ``plot_*`` functions that only draw. The model and its learning rules are
 in ``model_local``; nothing here knows which rule is at work.
@@ -18,7 +18,7 @@ import pickle
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,7 @@ import seaborn as sns
 import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize, SymLogNorm
+from scipy.stats import t as student_t
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
@@ -74,9 +75,17 @@ class Corpus:
     def decode(self, ids: Iterable[int]) -> str:
         return "".join(self.itos[int(i)] for i in ids)
 
+    def batch(self, block_size: int, batch_size: int, generator: torch.Generator, device: str) -> tuple[Tensor, Tensor]:
+        """A random batch of the training part, see ``get_batch``."""
+        return get_batch(self.train, block_size, batch_size, generator, device)
+
+    def score(self, model: LocalGPT) -> dict[str, float]:
+        """``val_loss``, see ``evaluate``."""
+        return {"val_loss": evaluate(model, self.val)}
+
     def __str__(self) -> str:
         size = f"{len(self.train):,} training and {len(self.val):,} validation tokens, {self.vocab_size} distinct"
-        elsewhere = "sentences that quote a number for it do not describe this run."
+        elsewhere = "what the text between the cells says of trained models was seen on it, not on this run."
         if self.name == "shakespeare_char":
             return f"Corpus: Tiny Shakespeare, {size}."
         if self.name == "python_reference":
@@ -174,7 +183,7 @@ def _windows(tokens: np.ndarray, starts: np.ndarray, block_size: int, device: st
 def ngram_losses(corpus: Corpus) -> dict[str, float]:
     """Validation cross-entropy in nats of the unigram and bigram models of the training text (add-one smoothing).
 
-    A model above the unigram line has learnt nothing; one above the bigram line does not use its context.
+    A model above the unigram line has learnt nothing; one above the bigram line knows less than pairs of letters tell.
     """
     V = corpus.vocab_size
     train, val = corpus.train.astype(np.int64), corpus.val.astype(np.int64)
@@ -186,6 +195,76 @@ def ngram_losses(corpus: Corpus) -> dict[str, float]:
     }
 
 
+@dataclass(frozen=True)
+class RecallTask:
+    """Associative recall (Arora et al. 2023, "Zoology"): pairs of key and value, then some of the keys; which values?
+
+    Only attention can carry a value from its pair to the query. Tokens are ``n_keys`` keys, then ``n_values`` values; a
+    sequence has ``n_pairs`` pairs of different keys, then ``n_queries`` of these keys in random order. A generator
+    makes endlessly many, so that unseen ones are the rule; only queries have a target (other positions have -100,
+    which the loss leaves out).
+
+    >>> task = RecallTask(n_keys=3, n_values=2, n_pairs=2, n_queries=2)
+    >>> x, y = task.batch(task.block_size, 1, torch.Generator().manual_seed(0), "cpu")
+    >>> x.tolist(), y.tolist()
+    ([[2, 3, 0, 4, 0, 2]], [[-100, -100, -100, -100, 4, 3]])
+    """
+
+    n_keys: int = 8
+    n_values: int = 8
+    n_pairs: int = 4
+    n_queries: int = 4
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n_queries <= self.n_pairs <= self.n_keys or self.n_values < 2:
+            raise ValueError(f"{self} cannot be: 1 <= n_queries <= n_pairs <= n_keys and n_values >= 2 must hold")
+
+    @property
+    def name(self) -> str:
+        return "recall"
+
+    @property
+    def vocab_size(self) -> int:
+        return self.n_keys + self.n_values
+
+    @property
+    def block_size(self) -> int:
+        return 2 * self.n_pairs + self.n_queries
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of one who names any of the values that occur in the sequence."""
+        return 1 / self.n_pairs + (1 - 1 / self.n_pairs) / self.n_values
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(repr(self).encode()).hexdigest()
+
+    def batch(self, block_size: int, batch_size: int, generator: torch.Generator, device: str) -> tuple[Tensor, Tensor]:
+        """``batch_size`` sequences and their targets, both (batch_size, block_size), int64."""
+        if block_size != self.block_size:
+            raise ValueError(f"block_size={block_size}, and {self} has sequences of {self.block_size} tokens")
+        B, P = batch_size, self.n_pairs
+        keys = torch.rand(B, self.n_keys, generator=generator).argsort(dim=1)[:, :P]  # without repetition
+        values = self.n_keys + torch.randint(self.n_values, (B, P), generator=generator)
+        asked = torch.rand(B, P, generator=generator).argsort(dim=1)[:, : self.n_queries]
+        x = torch.cat([torch.stack([keys, values], dim=2).flatten(1), keys.gather(1, asked)], dim=1)
+        y = torch.full_like(x, -100)
+        y[:, 2 * P :] = values.gather(1, asked)
+        return x.to(device), y.to(device)
+
+    @torch.no_grad()
+    def score(self, model: LocalGPT) -> dict[str, float]:
+        """``val_loss`` (nats) and ``accuracy`` in [0, 1] on the same 2,048 sequences at every call."""
+        device = next(model.parameters()).device
+        x, y = self.batch(model.config.block_size, 2048, torch.Generator().manual_seed(2**31), device)
+        was_training = model.training
+        logits, loss = model.eval()(x, y)
+        model.train(was_training)
+        right = (logits.argmax(-1) == y)[y != -100]
+        return {"val_loss": loss.item(), "accuracy": right.double().mean().item()}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Training
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,9 +274,9 @@ def ngram_losses(corpus: Corpus) -> dict[str, float]:
 class Run:
     """A finished training run.
 
-    ``history`` is tidy: one value a row, with columns step, metric, part, value. The metrics are ``val_loss`` and
-    ``train_loss`` (nats per token; the latter is the mean since the row before), ``tokens_per_s``, and ``alignment``,
-    the cosine in [-1, 1] of a parameter's gradient (``part`` names it) with the one that exact backpropagation gives.
+    ``history`` is tidy: one value a row, with columns step, metric, part, value. The metrics are what the data's
+    ``score`` gives (``val_loss``), ``train_loss`` (nats per token, mean since the row before), ``tokens_per_s``, and
+    what ``measure`` gives.
     """
 
     model: LocalGPT
@@ -218,54 +297,68 @@ class Run:
         return rows.groupby("step")["value"].mean()
 
 
+def alignment(model: LocalGPT, x: Tensor, y: Tensor) -> dict[tuple[str, str], float]:
+    """Cosine in [-1, 1] of each parameter's gradient with the one that exact backpropagation gives it here."""
+    cosines = gradient_cosines(model, twin(model, method="bp", softmax_backward="full"), x, y)
+    return {("alignment", name): cosine for name, cosine in cosines.items()}
+
+
 def train(
     config: LocalGPTConfig,
     steps: int = 500,
     lr: float = 1e-3,
     batch_size: int = 32,
     seed: int = 1337,
-    corpus: Corpus | None = None,
+    data: Corpus | RecallTask | None = None,
     eval_every: int = 50,
+    measure: Callable[[LocalGPT, Tensor, Tensor], dict[tuple[str, str], float]] = alignment,
     device: str = "cpu",
-    directory: Path = DATA / "runs",
+    directory: Path | None = DATA / "runs",
+    progress: bool = True,
 ) -> Run:
     """Train a LocalGPT with AdamW at a constant rate, or load the run if these very settings were trained before.
 
-    The checkpoint's name is a hash of everything that determines the run: every argument, the corpus, the code of the
+    ``data`` is a corpus (the default one if not given) or a task. Every ``eval_every`` steps the model is scored, and
+    a copy of it measured on one fixed batch: ``measure(model, x, y)`` returns values by (metric, part).
+
+    The checkpoint's name is a hash of everything that determines the run: every argument, the data, the code of the
     model and of this function, torch's version. It is rewritten every ``eval_every`` steps, so that an interrupted run
-    goes on where it was. Raises ValueError on a vocabulary that is not the corpus', FloatingPointError if it diverges.
+    goes on where it was; without a ``directory`` nothing is written. Raises ValueError on a vocabulary that is not the
+    data's, FloatingPointError if the run diverges.
     """
-    corpus = corpus or load_corpus()
-    if config.vocab_size != corpus.vocab_size:
+    data = data or load_corpus()
+    if config.vocab_size != data.vocab_size:
         raise ValueError(
-            f"config.vocab_size={config.vocab_size} and the corpus {corpus.name!r} has {corpus.vocab_size}: "
+            f"config.vocab_size={config.vocab_size} and the data {data.name!r} have {data.vocab_size}: "
             "write LocalGPTConfig(vocab_size=corpus.vocab_size, ...)"
         )
     for name, value in {"steps": steps, "batch_size": batch_size, "eval_every": eval_every}.items():
         if value < 1:
             raise ValueError(f"{name}={value} is not a positive number")
+    code = (model_local, train, get_batch, evaluate, type(data), measure)
     settings = {
         "config": dataclasses.asdict(config),
         "steps": steps,
         "lr": lr,
         "batch_size": batch_size,
         "seed": seed,
-        "corpus": corpus.sha256,
+        "data": data.sha256,
         "eval_every": eval_every,
         "device": device,
-        "code": _code_fingerprint(*map(inspect.getsource, (model_local, train, get_batch, evaluate))),
+        "code": _code_fingerprint(*map(inspect.getsource, code)),
         "torch": str(torch.__version__),  # a str of its own class, which the safe loader refuses
     }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-    path = directory / f"{config.method}-{config.softmax_backward}-{key}.pt"
+    path = directory and directory / f"{config.method}-{config.softmax_backward}-{key}.pt"
 
     with torch.random.fork_rng(devices=[]):  # whoever calls keeps their own random numbers
         torch.manual_seed(seed)
         model = LocalGPT(config).to(device)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
         batches = torch.Generator().manual_seed(seed)
+        probe = data.batch(config.block_size, batch_size, torch.Generator().manual_seed(0), device)
         step, history, snapshots = 0, [], {}
-        saved = _load_checkpoint(path, settings)
+        saved = _load_checkpoint(path, settings) if path else None
         if saved:
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
@@ -274,13 +367,11 @@ def train(
             step, history, snapshots = saved["step"], saved["history"], saved["snapshots"]
 
         def record(metrics: dict[str, float]) -> None:
-            metrics["val_loss"] = evaluate(model, corpus.val)
-            history.extend((step, metric, "", value) for metric, value in metrics.items())
-            if (config.method, config.softmax_backward) != ("bp", "full"):
-                probe = get_batch(corpus.train, config.block_size, batch_size, torch.Generator().manual_seed(0), device)
-                exact = twin(model, method="bp", softmax_backward="full")
-                cosines = gradient_cosines(model, exact, *probe)
-                history.extend((step, "alignment", part, value) for part, value in cosines.items())
+            values = {(metric, ""): value for metric, value in (metrics | data.score(model)).items()}
+            values |= measure(twin(model).eval(), *probe)  # of a copy: to measure must change nothing
+            history.extend((step, metric, part, value) for (metric, part), value in values.items())
+            if not path:
+                return
             snapshots[step] = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
             state = {"settings": settings, "step": step, "history": history, "snapshots": snapshots}
             state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
@@ -289,22 +380,25 @@ def train(
 
         if step == 0 and not saved:
             record({})
-        with tqdm(total=steps, initial=step, desc=f"{config.method}/{config.softmax_backward}", leave=False) as bar:
+        title = f"{config.method}/{config.softmax_backward}"
+        with tqdm(total=steps, initial=step, desc=title, leave=False, disable=not progress) as bar:
             while step < steps:
                 losses, start = [], time.perf_counter()
                 for _ in range(min(eval_every, steps - step)):
-                    _, loss = model(*get_batch(corpus.train, config.block_size, batch_size, batches, device))
+                    _, loss = model(*data.batch(config.block_size, batch_size, batches, device))
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
-                    losses.append(loss.item())
+                    losses.append(loss.detach())
                     bar.update()
-                    bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-                if not math.isfinite(sum(losses)):
-                    raise FloatingPointError(f"the loss is not a number by step {step + len(losses)}: try a smaller lr")
+                    if len(losses) % 10 == 0:  # to look at a loss is to wait for the device
+                        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
                 step += len(losses)
+                train_loss = torch.stack(losses).double().mean().item()
+                if not math.isfinite(train_loss):
+                    raise FloatingPointError(f"the loss is not a number by step {step}: try a smaller lr")
                 tokens = len(losses) * batch_size * config.block_size
-                record({"train_loss": np.mean(losses).item(), "tokens_per_s": tokens / (time.perf_counter() - start)})
+                record({"train_loss": train_loss, "tokens_per_s": tokens / (time.perf_counter() - start)})
     table = pd.DataFrame(history, columns=["step", "metric", "part", "value"])
     return Run(model.eval(), table, snapshots)
 
@@ -627,7 +721,135 @@ def energy_table(layers: Iterable[CapturedAttention]) -> pd.DataFrame:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. Figures
+# 4. The experiment: what goes wrong under a rule, and what it costs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def symptoms(model: LocalGPT, x: Tensor, y: Tensor) -> dict[tuple[str, str], float]:
+    """What could make a rule fail, as means over layers, heads and sequences; a ``measure`` for ``train``.
+
+    ``cos_scores``, ``cos_q``, ``cos_k``: cosine in [-1, 1] of what the rule sends with the exact pass, at the scores
+    and at the gradients of W_q and W_k (missing where it sends nothing). ``row_sum``: |sum| over the sum of sizes of
+    what a query's keys receive, in [0, 1]; 0 for the exact softmax. ``common_mode``: root mean square of the mean score
+    of a query, which the softmax does not see. ``q_norm``, ``k_norm``: root mean square of the entries of Q and K.
+    """
+    norms: dict[str, list[float]] = {"q": [], "k": []}
+
+    def keep(name: str):
+        return lambda module, inputs, output: norms[name].append(output.detach().square().mean().item())
+
+    handles = []
+    for block in model.blocks:
+        handles.append(block.attn.q_proj.register_forward_hook(keep("q")))
+        handles.append(block.attn.k_proj.register_forward_hook(keep("k")))
+    try:
+        layers = capture_batch(model, x, y)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    values: dict[str, list[float]] = {"cos_scores": [], "row_sum": [], "common_mode": []}
+    for layer in layers:
+        visible = layer.scores[0, 0].isfinite()
+        mean_score = layer.scores.masked_fill(~visible, 0).sum(-1) / visible.sum(-1)
+        values["common_mode"].append(mean_score.square().mean().sqrt().item())
+        sent = model.get_submodule(layer.name).send_back(layer.attn, layer.grad, visible)
+        if sent is None:
+            continue
+        exact = sent if model.config.attn_mode == "sigmoid" else full(layer.attn, layer.grad, visible)
+        cosine = F.cosine_similarity(sent.double().flatten(2), exact.double().flatten(2), dim=-1, eps=0)
+        values["cos_scores"].append(cosine.nanmean().item())
+        values["row_sum"].append((sent.sum(-1).abs().sum() / sent.abs().sum()).item())
+    values |= {f"{name}_norm": [math.sqrt(np.mean(squares))] for name, squares in norms.items()}
+    cosines = gradient_cosines(model, twin(model, softmax_backward="full"), x, y)
+    for name in "qk":
+        values[f"cos_{name}"] = [cosine for part, cosine in cosines.items() if part.endswith(f"{name}_proj.weight")]
+    return {(metric, ""): float(np.mean(found)) for metric, found in values.items() if found}
+
+
+class Harm(NamedTuple):
+    """``harm`` with its 95 % interval, and the verdict on it."""
+
+    harm: float
+    low: float
+    high: float
+    verdict: str
+
+
+TOLERABLE, CATASTROPHIC = 0.25, 1.0  # bounds on harm, fixed before the runs
+
+
+def harm(rule: Iterable[float], full: Iterable[float], none: Iterable[float], confidence: float = 0.95) -> Harm:
+    """``(L_rule - L_full) / (L_none - L_full)`` over paired seeds: 0 for the exact pass, 1 for untrained Q and K.
+
+    rule, full, none: final validation losses, in the same order of seeds (two or more). The ratio is that of means, its
+    interval Fieller's (1954), which is exact for normal differences. The verdict is ``undecided`` where the interval
+    of ``L_none - L_full`` touches zero or lies below (that of the ratio is then unbounded), ``tolerable`` where the
+    upper end of the ratio's interval is at most 0.25, ``catastrophic`` where its lower end is at least 1, and else
+    ``costly``. A loss that is not finite (a diverged run) makes the rule catastrophic.
+
+    >>> full, none = [2.0, 2.1, 1.9], [3.0, 3.1, 2.9]
+    >>> [harm(losses, full, none).verdict for losses in ([2.05, 2.1, 2.0], [2.4, 2.6, 2.5], [3.5, 3.6, 3.4])]
+    ['tolerable', 'costly', 'catastrophic']
+    >>> harm([2.0, 2.1, 2.0], full, [2.1, 2.0, 1.9]).verdict
+    'undecided'
+    """
+    rule, full, none = (np.asarray(list(losses), dtype=float) for losses in (rule, full, none))
+    n = len(full)
+    if not len(rule) == n == len(none) or n < 2:
+        raise ValueError(f"harm needs the same seeds, two or more, of each: got {len(rule)}, {n} and {len(none)}")
+    excess, scale = rule - full, none - full
+    t = student_t.ppf((1 + confidence) / 2, n - 1)
+    if not scale.mean() > t * scale.std(ddof=1) / math.sqrt(n):
+        return Harm(math.nan, math.nan, math.nan, "undecided")
+    if not np.isfinite(rule).all():
+        return Harm(math.inf, math.inf, math.inf, "catastrophic")
+    # Fieller: all h for which mean(excess - h scale) is within t standard errors of zero, a quadratic in h
+    (vee, ves), (_, vss) = np.cov(excess, scale) * t**2 / n
+    a = scale.mean() ** 2 - vss
+    b = excess.mean() * scale.mean() - ves
+    c = excess.mean() ** 2 - vee
+    root = math.sqrt(max(b * b - a * c, 0))
+    low, high = (b - root) / a, (b + root) / a
+    verdict = "tolerable" if high <= TOLERABLE else "catastrophic" if low >= CATASTROPHIC else "costly"
+    return Harm(excess.mean() / scale.mean(), low, high, verdict)
+
+
+GROUP = ["task", "method", "attn_mode", "steps"]  # what a rule is compared within
+FIRST_TUNING_SEED = 100  # in data/results.csv: smaller seeds are tests, from here on they chose the learning rate
+
+
+def load_results() -> pd.DataFrame:
+    """data/results.csv, the table that data/sweep.py fills in: one row a run, the tuning runs included."""
+    return pd.read_csv(DATA / "results.csv")
+
+
+def harm_table(results: pd.DataFrame) -> pd.DataFrame:
+    """One row a rule within its ``GROUP``: seeds, learning rate, loss, harm, verdict and symptoms.
+
+    Losses and symptoms are means over the test seeds (``loss_sd``: standard deviation), harm comes with its interval.
+    The verdict is ``missing`` where the test seeds of the rule, of ``full`` or of ``none`` are not all there.
+    """
+    rows = []
+    tests = results[results["seed"] < FIRST_TUNING_SEED]
+    for group, runs in tests.groupby(GROUP, sort=False):
+        by_rule = runs.sort_values("seed").groupby("softmax_backward")  # losses are compared seed by seed
+        losses = {rule: part.set_index("seed")["val_loss"] for rule, part in by_rule}
+        for rule, part in runs.groupby("softmax_backward", sort=False):
+            seeds = losses[rule].index
+            complete = all(name in losses and losses[name].index.equals(seeds) for name in ("full", "none"))
+            result = Harm(math.nan, math.nan, math.nan, "missing")
+            if complete and len(seeds) > 1:
+                result = harm(losses[rule], losses["full"], losses["none"])
+            row = dict(zip(GROUP, group, strict=True)) | {"rule": rule, "seeds": len(seeds), "lr": part["lr"].iloc[0]}
+            row |= {"loss": part["val_loss"].mean(), "loss_sd": part["val_loss"].std(), **result._asdict()}
+            names = ["accuracy", "cos_scores", "cos_q", "cos_k", "row_sum", "common_mode", "q_norm", "k_norm"]
+            rows.append(row | part[names].mean().to_dict())
+    return pd.DataFrame(rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Figures
 # ---------------------------------------------------------------------------------------------------------------------
 
 # Okabe and Ito's colour-blind-safe palette; one colour for one thing on every page
@@ -781,3 +1003,24 @@ def signed_scale(maps: Tensor, linear: float = 0.01) -> SymLogNorm:
     """A scale for signed values, centred on zero: logarithmic beyond the fraction ``linear`` of the largest size."""
     high = maps.abs().max().item()
     return SymLogNorm(linear * high, vmin=-high, vmax=high)
+
+
+def plot_harm(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Harm of every rule (rows of one group of ``harm_table``) with its interval, and the two bounds of the verdict."""
+    ax = ax or plt.gca()
+    table = table[~table["rule"].isin(["full", "none"])].sort_values("harm", ascending=False)
+    colors = {"tolerable": COLORS["sign_sym"], "costly": "#E69F00", "catastrophic": COLORS["offdiag"]}
+    for position, row in enumerate(table.itertuples()):
+        color = colors.get(row.verdict, "0.6")
+        ax.plot([row.low, row.high], [position] * 2, color=color, linewidth=2)
+        ax.plot(row.harm, position, "o", color=color)
+        place = {"xytext": (8, 0), "textcoords": "offset points", "va": "center"}
+        ax.annotate(row.verdict, (max(row.high, 1), position), **place, color=color, fontsize="small")
+    for bound in (TOLERABLE, CATASTROPHIC):
+        ax.axvline(bound, color="0.6", linewidth=1, linestyle="--", zorder=0)
+    ax.axvline(0, color="0.8", linewidth=1, zorder=0)
+    ax.set_yticks(range(len(table)), table["rule"])
+    ax.set_ylim(-0.6, len(table) - 0.4)
+    ax.margins(x=0.25)
+    ax.set_xlabel("harm (0: full, 1: Q and K never trained)")
+    return ax

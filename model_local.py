@@ -17,6 +17,8 @@ Liao et al. 2016, "How important is weight symmetry in backpropagation?"        
 Moskovitz et al. 2018, "Feedback alignment in deep convolutional networks"                ``sign_sym``
 Nokland 2016, "Direct feedback alignment provides learning in deep neural networks"       ``dfa``
 Launay et al. 2020, "Direct feedback alignment scales to modern deep learning"            ``dfa`` in transformers
+Williams 1992, "Simple statistical gradient-following algorithms"                         baselines
+Dao et al. 2022, "FlashAttention"                                                         the lateral sum as ``dO . O``
 Bengio et al. 2013, "Estimating or propagating gradients through stochastic neurons"      ``ste``
 Ramapuram et al. 2024, "Theory, analysis, and best practices for sigmoid self-attention"  ``attn_mode="sigmoid"``
 """
@@ -117,7 +119,7 @@ class FeedbackAlignmentLinear(BackpropLinear):
 
 
 class SignSymmetricLinear(BackpropLinear):
-    """Sign symmetry (Liao et al. 2016), ``grad_x = grad_y sign(W) std(B)``: the wiring is known, the strength not."""
+    """Sign symmetry (Liao et al. 2016), ``grad_x = grad_y sign(W) std(B)``: wiring known, strength unknown."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _FeedbackLinear.apply(x, self.weight, self.weight.detach().sign() * self.feedback_std)
@@ -169,39 +171,79 @@ METHODS: dict[str, type[BackpropLinear]] = {
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Softmax: how a = softmax(s) sends its error g = dL/da back to s. A rule takes a, g (..., T, T) and the boolean map of
-# visible keys (T, T), and returns dL/ds, 0 on all other keys, or None where nothing is sent. A further rule is one
-# function and its entry.
+# Softmax: how a = softmax(s) sends its error g = dL/da back to s. A rule takes a and g (B, H, T, T), the boolean map of
+# visible keys (T, T) and the running mean of g per head (H, 1, 1), and returns dL/ds, 0 on all other keys, or None
+# where nothing is sent. A further rule is one entry in SOFTMAX_BACKWARD.
 # ---------------------------------------------------------------------------------------------------------------------
 
+Rule = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor | None]
 
-def full(a: Tensor, g: Tensor, visible: Tensor) -> Tensor:
-    """The exact pass, ``f = J g = a (g - b)`` with the lateral sum ``b = sum_j a_j g_j`` over all keys.
 
-    >>> a, g = torch.tensor([0.25, 0.75]), torch.tensor([1.0, -1.0])
-    >>> full(a, g, torch.ones(2, dtype=bool))
+def zero(a: Tensor, g: Tensor, visible: Tensor, running: Tensor | None = None) -> float:
+    """No baseline, ``c = 0``."""
+    return 0.0
+
+
+def mean(a: Tensor, g: Tensor, visible: Tensor, running: Tensor | None = None) -> Tensor:
+    """``c``: the plain mean of ``g`` over the keys that the query sees, whatever it attends to."""
+    return (g * visible).sum(-1, keepdim=True) / visible.sum(-1, keepdim=True)
+
+
+def running(a: Tensor, g: Tensor, visible: Tensor, running: Tensor | None = None) -> Tensor:
+    """``c``: a running mean of ``g`` per head, known before the backward pass begins."""
+    return running
+
+
+def lateral(a: Tensor, g: Tensor, visible: Tensor, running: Tensor | None = None) -> Tensor:
+    """``c = b = sum_j a_j g_j``, the lateral sum, which is ``dO . O`` (Dao et al. 2022): the exact baseline."""
+    return (a * g).sum(-1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class BaselineRule:
+    """``a m (g - c)``: the error of each key against a baseline ``c``, times its weight and a slope ``m``.
+
+    ``m = 1, c = b`` is the exact pass ``f = J g``; ``m = 1 - a, c = 0`` the diagonal of the Jacobian alone. In between
+    are its surrogates: the policy gradient of REINFORCE (Williams 1992) under one baseline or another.
+
+    >>> a, g, visible = torch.tensor([0.25, 0.75]), torch.tensor([1.0, -1.0]), torch.ones(2, dtype=bool)
+    >>> full(a, g, visible)
     tensor([ 0.3750, -0.3750])
     """
-    return (g - (a * g).sum(-1, keepdim=True)).mul_(a)
+
+    slope: bool  # True: m = 1 - a, the slope of a sigmoid; False: m = 1
+    baseline: Callable[..., Tensor | float]
+
+    def __call__(self, a: Tensor, g: Tensor, visible: Tensor, running: Tensor | None = None) -> Tensor:
+        error = (g - self.baseline(a, g, visible, running)).mul_(a)
+        return error.mul_(1 - a) if self.slope else error
 
 
-def diagonal(a: Tensor, g: Tensor, visible: Tensor) -> Tensor:
-    """The diagonal of the Jacobian alone, ``d = a (1 - a) g``: what a sigmoid with output ``a`` would do."""
-    return a * (1 - a) * g
-
-
-def ste(a: Tensor, g: Tensor, visible: Tensor) -> Tensor:
+def ste(a: Tensor, g: Tensor, visible: Tensor, running: Tensor | None = None) -> Tensor:
     """Straight-through (Bengio et al. 2013), ``e = g`` on the keys that the query may see: the identity for ``J``."""
     return g * visible
 
 
-def none(a: Tensor, g: Tensor, visible: Tensor) -> None:
+def none(a: Tensor, g: Tensor, visible: Tensor, running: Tensor | None = None) -> None:
     """Nothing: ``W_q`` and ``W_k`` get no gradient at all and stay as they were drawn. The control."""
 
 
-SOFTMAX_BACKWARD: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor | None]] = {
-    rule.__name__: rule for rule in (full, diagonal, ste, none)
+full = BaselineRule(slope=False, baseline=lateral)
+diagonal = BaselineRule(slope=True, baseline=zero)
+
+SOFTMAX_BACKWARD: dict[str, Rule] = {
+    "full": full,
+    "diagonal": diagonal,
+    "ste": ste,
+    "none": none,
+    "zero": BaselineRule(slope=False, baseline=zero),
+    "mean": BaselineRule(slope=False, baseline=mean),
+    "running": BaselineRule(slope=False, baseline=running),
+    "diagonal_mean": BaselineRule(slope=True, baseline=mean),
+    "diagonal_running": BaselineRule(slope=True, baseline=running),
+    "diagonal_lateral": BaselineRule(slope=True, baseline=lateral),
 }
+RUNNING_MEAN_DECAY = 0.9  # of the running baseline, a training step
 
 
 def _sigmoid(scores: Tensor) -> Tensor:
@@ -222,30 +264,42 @@ class AttentionWeights(nn.Module):
     exact derivative is the diagonal formula, which is why sigmoid attention has no lateral term.
     """
 
-    def __init__(self, attn_mode: str, softmax_backward: str) -> None:
+    def __init__(self, config: LocalGPTConfig) -> None:
         super().__init__()
-        self.activation = ATTN_MODES[attn_mode]
-        exact_sigmoid = attn_mode == "sigmoid" and softmax_backward == "full"
-        self.rule = diagonal if exact_sigmoid else SOFTMAX_BACKWARD[softmax_backward]
+        self.activation = ATTN_MODES[config.attn_mode]
+        exact_sigmoid = config.attn_mode == "sigmoid" and config.softmax_backward == "full"
+        self.rule = diagonal if exact_sigmoid else SOFTMAX_BACKWARD[config.softmax_backward]
+        if getattr(self.rule, "baseline", None) is running:
+            self.register_buffer("running_mean", torch.zeros(config.n_head, 1, 1))
 
     def forward(self, scores: Tensor, visible: Tensor) -> Tensor:
-        return _RuledWeights.apply(scores, visible, self.activation, self.rule)
+        return _RuledWeights.apply(scores, visible, self)
+
+    @torch.no_grad()
+    def send_back(self, attn: Tensor, grad: Tensor, visible: Tensor) -> Tensor | None:
+        """dL/ds from dL/da. In training the running mean, where there is one, takes in this ``grad`` afterwards."""
+        known = getattr(self, "running_mean", None)
+        sent = self.rule(attn, grad, visible, known)
+        if known is not None and self.training:
+            average = (grad * visible).sum((0, 2, 3)) / (visible.sum() * len(grad))
+            known.lerp_(average.view_as(known), 1 - RUNNING_MEAN_DECAY)
+        return sent
 
 
 class _RuledWeights(torch.autograd.Function):
     """``a = activation(s)`` forwards, ``dL/ds = rule(a, dL/da)`` backwards."""
 
     @staticmethod
-    def forward(ctx, scores: Tensor, visible: Tensor, activation: Callable, rule: Callable) -> Tensor:
-        attn = activation(scores)
-        ctx.rule = rule
+    def forward(ctx, scores: Tensor, visible: Tensor, weights: AttentionWeights) -> Tensor:
+        attn = weights.activation(scores)
+        ctx.weights = weights
         ctx.save_for_backward(attn, visible)
         return attn
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         attn, visible = ctx.saved_tensors
-        return ctx.rule(attn, grad, visible), None, None, None
+        return ctx.weights.send_back(attn, grad, visible), None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,7 +319,7 @@ class CausalSelfAttention(nn.Module):
         self.k_proj = linear(config.n_embd, config.n_embd, std)
         self.v_proj = linear(config.n_embd, config.n_embd, std)
         self.o_proj = linear(config.n_embd, config.n_embd, std)
-        self.attn_weights = AttentionWeights(config.attn_mode, config.softmax_backward)
+        self.attn_weights = AttentionWeights(config)
         self.resid_drop = nn.Dropout(config.dropout)
         # True where the query (row) may see the key (column), as in F.scaled_dot_product_attention
         mask = torch.ones(config.block_size, config.block_size, dtype=torch.bool).tril()

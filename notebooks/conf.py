@@ -28,6 +28,8 @@ CSS = """\
 /* Lines of code are up to 120 characters long. */
 .content { width: 54em }
 div.highlight pre { font-size: 75% }
+/* A table that is too wide scrolls by itself, not the page. */
+div.output.text_html { overflow-x: auto }
 table.dataframe td { white-space: nowrap }
 /* Formulas are never higher than their box: no scroll bar beside them. */
 div.math { overflow-y: hidden }
@@ -36,9 +38,9 @@ div.math { overflow-y: hidden }
 /* References are links, and MathJax draws them in black whatever the theme. */
 mjx-container[jax="SVG"] a { fill: currentColor !important; stroke: currentColor !important }
 /* Tables of pandas, which come with a border of their own. */
-table.dataframe { border: 0; border-collapse: collapse; font-variant-numeric: tabular-nums }
+table.dataframe { border: 0; border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 85% }
 table.dataframe :is(th, td) {
-  border: 0; border-bottom: 1px solid var(--color-background-border); padding: .2rem .8rem; text-align: right
+  border: 0; border-bottom: 1px solid var(--color-background-border); padding: .2rem .5rem; text-align: right
 }
 """
 
