@@ -38,7 +38,7 @@ from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 import model_local
-from model_local import AttentionWeights, LocalGPT, LocalGPTConfig, diagonal, full, ste
+from model_local import SOFTMAX_BACKWARD, AttentionWeights, LocalGPT, LocalGPTConfig, diagonal, full, ste
 
 ROOT = Path(__file__).resolve().parent
 DATA = ROOT / "data"
@@ -335,7 +335,9 @@ def train(
     for name, value in {"steps": steps, "batch_size": batch_size, "eval_every": eval_every}.items():
         if value < 1:
             raise ValueError(f"{name}={value} is not a positive number")
-    code = (model_local, train, get_batch, evaluate, type(data), measure)
+    rule = SOFTMAX_BACKWARD[config.softmax_backward]  # it may be the caller's own
+    rule = rule if inspect.isfunction(rule) else type(rule)
+    code = (model_local, train, get_batch, evaluate, type(data), measure, rule)
     settings = {
         "config": dataclasses.asdict(config),
         "steps": steps,
@@ -841,6 +843,8 @@ def harm_table(results: pd.DataFrame) -> pd.DataFrame:
             result = Harm(math.nan, math.nan, math.nan, "missing")
             if complete and len(seeds) > 1:
                 result = harm(losses[rule], losses["full"], losses["none"])
+                if rule in ("full", "none") and result.verdict != "undecided":
+                    result = result._replace(verdict="reference")
             row = dict(zip(GROUP, group, strict=True)) | {"rule": rule, "seeds": len(seeds), "lr": part["lr"].iloc[0]}
             row |= {"loss": part["val_loss"].mean(), "loss_sd": part["val_loss"].std(), **result._asdict()}
             names = ["accuracy", "cos_scores", "cos_q", "cos_k", "row_sum", "common_mode", "q_norm", "k_norm"]

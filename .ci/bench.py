@@ -71,7 +71,8 @@ class Shapes(TorchDispatchMode, set):
 
 
 def training_step(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], None]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)  # all of its work, and every round finds the same weights
+    # a rate of zero: all of the work, and every round has the same weights
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
 
     def step() -> None:
         loss = model(x, y)[1]

@@ -1,0 +1,301 @@
+"""Fill in the table of runs behind the verdict, data/results.csv: one row a run, only what is missing.
+
+    python data/sweep.py                       all runs of the plan, on this machine's cores
+    python data/sweep.py --scheduler ADDRESS   the same, on a dask cluster (pip install distributed)
+    python data/sweep.py --plan small          a small plan, to try it out in a minute
+
+Interrupt and call again at any moment: finished runs stay, the others are taken up again. Two calls at once share the
+work. A run that diverges or fails is a row that says so; delete the row to have it tried again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import hashlib
+import io
+import math
+import platform
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import joblib
+import pandas as pd
+import torch
+from filelock import FileLock, Timeout
+from joblib.externals.loky.process_executor import TerminatedWorkerError
+from tqdm import tqdm
+
+from helpers import DATA, Corpus, RecallTask, load_corpus, save_atomically, symptoms, train
+from model_local import LocalGPTConfig
+
+RESULTS = DATA / "results.csv"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What determines one run; together the key of its row."""
+
+    task: str
+    method: str
+    softmax_backward: str
+    attn_mode: str
+    feedback_scale: float
+    lr: float
+    steps: int
+    seed: int
+
+
+KEY = {field.name: field.type for field in dataclasses.fields(Cell)}
+OUTCOMES = [
+    "status", "val_loss", "accuracy", "cos_scores", "cos_q", "cos_k", "row_sum", "common_mode", "q_norm", "k_norm",
+    "curve", "data", "seconds", "machine", "torch",
+]  # fmt: skip
+COLUMNS = [*KEY, *OUTCOMES]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learnt, by which shape of model, for how long."""
+
+    data: Callable[[], Corpus | RecallTask]
+    batch_size: int
+    steps: int
+    shape: dict[str, int]
+
+
+RECALL = RecallTask()
+TASKS = {
+    "shakespeare": Task(lambda: load_corpus("shakespeare_char"), 32, 500, {}),
+    "recall": Task(
+        lambda: RECALL, 64, 3000, {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": RECALL.block_size}
+    ),
+}
+
+# ---- the plan ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which runs are wanted. ``groups`` are (task, method, softmax_backward, attn_mode, steps).
+
+    Every group gets the same learning rates, tried on seeds of their own; the best by mean validation loss is then run
+    on the test seeds. So is the scale of random feedback, chosen for the exact softmax and used for every rule.
+    """
+
+    groups: tuple[tuple[str, str, str, str, int], ...]
+    lrs: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    scales: tuple[float, ...] = (0.5, 1.0, 2.0)
+    tuning_seeds: tuple[int, ...] = (100, 101)
+    test_seeds: tuple[int, ...] = tuple(range(5))
+
+    def wanted(self, results: pd.DataFrame, guess: bool = False) -> list[Cell]:
+        """The cells that can be named by now: test runs only once the tuning runs before them are there.
+
+        To ``guess`` is to name the others too, with any setting in place of the best: as many as there will be.
+        """
+        cells: list[Cell] = []
+        for task, method, rule, attn_mode, steps in self.groups:
+            scale = 1.0
+            if method == "fa":
+                exact = [
+                    Cell(task, "fa", "full", "softmax", scale, lr, steps, seed)
+                    for scale in self.scales
+                    for lr in self.lrs
+                    for seed in self.tuning_seeds
+                ]
+                cells += exact
+                scale = self._best(exact, results, "feedback_scale") or (self.scales[0] if guess else None)
+            if scale is None:
+                continue
+            tuning = [
+                Cell(task, method, rule, attn_mode, scale, lr, steps, seed)
+                for lr in self.lrs
+                for seed in self.tuning_seeds
+            ]
+            cells += tuning
+            lr = self._best(tuning, results, "lr") or (self.lrs[0] if guess else None)
+            if lr is not None:
+                cells += [dataclasses.replace(tuning[0], lr=lr, seed=seed) for seed in self.test_seeds]
+        return list(dict.fromkeys(cells))
+
+    @staticmethod
+    def _best(cells: list[Cell], results: pd.DataFrame, setting: str) -> float | None:
+        """The setting of the lowest mean loss among tuning cells; None while one of them is missing."""
+        rows = pd.DataFrame(cells).merge(results, on=list(KEY), how="left")
+        if rows["status"].isna().any():
+            return None
+        losses = rows["val_loss"].fillna(math.inf)  # a run that diverged or failed
+        lr_losses = losses.groupby([rows[setting], rows["lr"]]).mean()
+        return float(lr_losses.idxmin()[0])
+
+
+CORE = ("full", "none", "diagonal", "ste")
+SURROGATES = ("zero", "mean", "running", "diagonal_mean", "diagonal_running", "diagonal_lateral")
+
+
+def _groups(task: str, methods: Iterable[str], rules: Iterable[str], attn_mode: str = "softmax", steps: int = 0):
+    return tuple((task, m, rule, attn_mode, steps or TASKS[task].steps) for m in methods for rule in rules)
+
+
+# first what the verdict needs, then what goes beyond it
+TIERS = {
+    "core": _groups("shakespeare", ("bp", "fa"), CORE) + _groups("recall", ("bp", "fa"), CORE),
+    "surrogates": _groups("shakespeare", ("bp",), SURROGATES) + _groups("recall", ("bp",), SURROGATES),
+    "long": _groups("shakespeare", ("bp", "fa"), CORE, steps=2000),
+    "methods": _groups("shakespeare", ("sign_sym", "dfa"), CORE) + _groups("recall", ("sign_sym", "dfa"), CORE),
+    "sigmoid": _groups("shakespeare", ("bp",), ("full", "none"), "sigmoid")
+    + _groups("recall", ("bp",), ("full", "none"), "sigmoid"),
+}
+PLANS = {name: Plan(groups) for name, groups in TIERS.items()}
+PLANS["full"] = Plan(sum(TIERS.values(), ()))
+PLANS["small"] = Plan(_groups("recall", ("bp",), ("full", "none"), steps=20), (1e-3,), (1.0,), (100,), (0, 1, 2))
+
+# ---- one run -------------------------------------------------------------------------------------------------------
+
+
+def run(cell: Cell, device: str = "cpu", results: Path = RESULTS) -> dict | None:
+    """Train one cell and return its row; None where another process is at it, or was since the list was made."""
+    locks = results.parent / ".locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    name = hashlib.sha256(repr((cell, results.name)).encode()).hexdigest()[:16]
+    try:
+        with FileLock(locks / name, blocking=False):  # ends with the process that holds it, however that ends
+            return None if cell in cells_of(read(results)) else _run(cell, device)
+    except Timeout:
+        return None
+
+
+def _run(cell: Cell, device: str) -> dict:
+    torch.set_num_threads(1)  # the cores are shared out to runs
+    task = TASKS[cell.task]
+    data = task.data()
+    names = ("method", "softmax_backward", "attn_mode", "feedback_scale")
+    config = LocalGPTConfig(
+        vocab_size=data.vocab_size, **task.shape, **{name: getattr(cell, name) for name in names}
+    )
+    start = time.perf_counter()
+    row = dataclasses.asdict(cell) | {"data": data.sha256[:12], "torch": str(torch.__version__)}
+    row["machine"] = torch.cuda.get_device_name() if device == "cuda" else f"CPU {platform.machine()}"
+    try:
+        done = train(
+            config,
+            cell.steps,
+            cell.lr,
+            task.batch_size,
+            cell.seed,
+            data,
+            eval_every=max(1, cell.steps // 10),
+            measure=symptoms,
+            device=device,
+            directory=None,
+            progress=False,
+        )
+    except FloatingPointError:
+        row["status"] = "diverged"
+    except Exception as error:  # out of memory, for instance: the sweep goes on
+        row["status"] = f"failed: {type(error).__name__}"
+        traceback.print_exc()
+    else:
+        at_end = {metric: done.series(metric) for metric in done.history["metric"].unique()}
+        row |= {metric: at_end[metric].iloc[-1] for metric in OUTCOMES if metric in at_end}
+        for cosine in ("cos_scores", "cos_q", "cos_k", "row_sum"):  # over training, not its last moment
+            if cosine in at_end:
+                row[cosine] = at_end[cosine].mean()
+        row["curve"] = " ".join(f"{loss:.4f}" for loss in at_end["val_loss"])
+        row["status"] = "ok"
+    row["seconds"] = round(time.perf_counter() - start, 1)
+    return row
+
+
+# ---- the table -----------------------------------------------------------------------------------------------------
+
+
+def read(results: Path = RESULTS) -> pd.DataFrame:
+    """The table, one row a run; empty where there is none yet."""
+    if not results.exists():
+        return pd.DataFrame(columns=COLUMNS).astype(KEY)
+    return pd.read_csv(results, dtype=KEY)
+
+
+def cells_of(table: pd.DataFrame) -> set[Cell]:
+    return {Cell(*values) for values in table[[*KEY]].itertuples(index=False)}
+
+
+def append(row: dict, results: Path) -> None:
+    """Add a row, all of it or nothing, unless its cell is there already."""
+    with FileLock(results.with_suffix(".lock")):
+        if Cell(*(row[name] for name in KEY)) in cells_of(read(results)):
+            return
+        text = results.read_text().rstrip("\n") if results.exists() else ",".join(COLUMNS)
+        line = io.StringIO()
+        digits = {name: 15 if name in KEY else 6 for name in row}  # the key must come back as it was
+        values = {name: f"{v:.{digits[name]}g}" if isinstance(v, float) else v for name, v in row.items()}
+        header = text.partition("\n")[0].split(",")  # a table of other columns is refused
+        csv.DictWriter(line, header, lineterminator="\n").writerow(values)
+        save_atomically(results, lambda file: file.write(f"{text}\n{line.getvalue()}".encode()))
+
+
+def sweep(plan: Plan, results: Path = RESULTS, jobs: int = -1, device: str = "cpu") -> None:
+    """Run what is missing, stage by stage (tuning, then tests), through joblib's back end of the moment."""
+    results = results.resolve()  # a worker may be elsewhere
+    results.parent.mkdir(parents=True, exist_ok=True)
+    deaths = 0
+    with tqdm(desc="sweep", unit="run", smoothing=0) as bar:
+        while True:
+            table = read(results)
+            done, everything = cells_of(table), plan.wanted(table, guess=True)
+            bar.total = len(everything)
+            bar.update(len(done.intersection(everything)) - bar.n)  # by others as well
+            bar.initial = bar.initial or bar.n
+            cells = [cell for cell in plan.wanted(table) if cell not in done]
+            if not cells:
+                return
+            finished = 0
+            work = (joblib.delayed(run)(cell, device, results) for cell in cells)
+            try:
+                for row in joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")(work):
+                    if row:
+                        append(row, results)
+                        bar.update()
+                        finished += 1
+            except TerminatedWorkerError:
+                deaths = 0 if finished else deaths + 1
+                if deaths == 3:
+                    raise  # it is no accident
+                bar.write("a worker died: its run is taken up again", file=sys.stderr)
+            else:
+                if not finished:
+                    time.sleep(5)  # another process is at all that is left
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", choices=PLANS, default="full")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the table to fill in")
+    parser.add_argument("--jobs", type=int, default=-1, help="runs side by side (default: one a core)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--scheduler", metavar="ADDRESS", help="a dask scheduler, for instance tcp://10.0.0.1:8786")
+    args = parser.parse_args()
+    where = nullcontext()
+    if args.scheduler:
+        from distributed import Client  # not a requirement of the report
+
+        Client(args.scheduler).run(load_corpus)  # a worker without this project says so here, and later would hang
+        where = joblib.parallel_config(backend="dask")
+    try:
+        with where:
+            sweep(PLANS[args.plan], args.results, args.jobs, args.device)
+    except KeyboardInterrupt:
+        sys.exit("interrupted: finished runs are in the table, call again to go on")
+    print(f"{args.results}: {len(read(args.results))} runs, nothing missing")
+
+
+if __name__ == "__main__":
+    main()
