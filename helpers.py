@@ -383,7 +383,8 @@ def train(
         if step == 0 and not saved:
             record({})
         title = f"{config.method}/{config.softmax_backward}"
-        with tqdm(total=steps, initial=step, desc=title, leave=False, disable=not progress) as bar:
+        silence = {} if progress else {"disable": True}  # disable=False would overrule TQDM_DISABLE
+        with tqdm(total=steps, initial=step, desc=title, leave=False, **silence) as bar:
             while step < steps:
                 losses, start = [], time.perf_counter()
                 for _ in range(min(eval_every, steps - step)):
