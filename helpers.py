@@ -827,26 +827,49 @@ def load_results() -> pd.DataFrame:
     return pd.read_csv(DATA / "results.csv")
 
 
+def best_settings(tuning: pd.DataFrame) -> tuple[float, float]:
+    """Feedback scale and learning rate of the lowest mean validation loss; NaN, NaN where there are no rows.
+
+    A run that diverged or failed has no loss and counts as infinitely bad.
+
+    >>> runs = pd.DataFrame({"feedback_scale": 1.0, "lr": [1e-3, 1e-3, 3e-3, 3e-3], "val_loss": [2.1, 2.3, 2.0, None]})
+    >>> best_settings(runs)
+    (1.0, 0.001)
+    """
+    if tuning.empty:
+        return math.nan, math.nan
+    losses = tuning["val_loss"].fillna(math.inf)
+    scale, lr = losses.groupby([tuning["feedback_scale"], tuning["lr"]]).mean().idxmin()
+    return float(scale), float(lr)
+
+
 def harm_table(results: pd.DataFrame) -> pd.DataFrame:
     """One row a rule within its ``GROUP``: seeds, learning rate, loss, harm, verdict and symptoms.
 
-    Losses and symptoms are means over the test seeds (``loss_sd``: standard deviation), harm comes with its interval.
-    The verdict is ``missing`` where the test seeds of the rule, of ``full`` or of ``none`` are not all there.
+    Each rule is judged by its test seeds at the learning rate that its tuning seeds chose (and the feedback scale that
+    those of ``full`` chose). Losses and symptoms are means over the test seeds (``loss_sd``: standard deviation), harm
+    comes with its interval. The verdict is ``missing`` where the test seeds of the rule, of ``full`` or of ``none`` are
+    not all there.
     """
     rows = []
-    tests = results[results["seed"] < FIRST_TUNING_SEED]
-    for group, runs in tests.groupby(GROUP, sort=False):
-        by_rule = runs.sort_values("seed").groupby("softmax_backward")  # losses are compared seed by seed
-        losses = {rule: part.set_index("seed")["val_loss"] for rule, part in by_rule}
-        for rule, part in runs.groupby("softmax_backward", sort=False):
-            seeds = losses[rule].index
+    for group, runs in results.groupby(GROUP, sort=False):
+        tuning = runs[runs["seed"] >= FIRST_TUNING_SEED]
+        scale, _ = best_settings(tuning[tuning["softmax_backward"] == "full"])
+        tests = {}
+        for rule, tried in tuning[tuning["feedback_scale"] == scale].groupby("softmax_backward", sort=False):
+            _, lr = best_settings(tried)
+            test = runs["seed"].lt(FIRST_TUNING_SEED) & runs["softmax_backward"].eq(rule) & runs["lr"].eq(lr)
+            tests[rule] = runs[test & runs["feedback_scale"].eq(scale)].sort_values("seed").assign(lr=lr)
+        losses = {rule: part.set_index("seed")["val_loss"] for rule, part in tests.items()}
+        for rule, part in tests.items():
+            seeds = losses[rule].index  # losses are compared seed by seed
             complete = all(name in losses and losses[name].index.equals(seeds) for name in ("full", "none"))
             result = Harm(math.nan, math.nan, math.nan, "missing")
             if complete and len(seeds) > 1:
                 result = harm(losses[rule], losses["full"], losses["none"])
                 if rule in ("full", "none") and result.verdict != "undecided":
                     result = result._replace(verdict="reference")
-            row = dict(zip(GROUP, group, strict=True)) | {"rule": rule, "seeds": len(seeds), "lr": part["lr"].iloc[0]}
+            row = dict(zip(GROUP, group, strict=True)) | {"rule": rule, "seeds": len(seeds), "lr": part["lr"].max()}
             row |= {"loss": part["val_loss"].mean(), "loss_sd": part["val_loss"].std(), **result._asdict()}
             names = ["accuracy", "cos_scores", "cos_q", "cos_k", "row_sum", "common_mode", "q_norm", "k_norm"]
             rows.append(row | part[names].mean().to_dict())

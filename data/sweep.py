@@ -15,7 +15,6 @@ import csv
 import dataclasses
 import hashlib
 import io
-import math
 import platform
 import sys
 import time
@@ -32,7 +31,7 @@ from filelock import FileLock, Timeout
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from tqdm import tqdm
 
-from helpers import DATA, Corpus, RecallTask, load_corpus, save_atomically, symptoms, train
+from helpers import DATA, Corpus, RecallTask, best_settings, load_corpus, save_atomically, symptoms, train
 from model_local import LocalGPTConfig
 
 RESULTS = DATA / "results.csv"
@@ -85,12 +84,15 @@ TASKS = {
 class Plan:
     """Which runs are wanted. ``groups`` are (task, method, softmax_backward, attn_mode, steps).
 
-    Every group gets the same learning rates, tried on seeds of their own; the best by mean validation loss is then run
-    on the test seeds. So is the scale of random feedback, chosen for the exact softmax and used for every rule.
+    Every group has the same grid of learning rates, tried on seeds of their own: ``lrs`` first, and where the best one
+    lies at an end of what was tried, the next one of ``more_lrs`` beyond it, until the best has neighbours on both
+    sides. The best by mean validation loss is then run on the test seeds. So is the scale of random feedback, chosen
+    for the exact softmax and used for every rule.
     """
 
     groups: tuple[tuple[str, str, str, str, int], ...]
     lrs: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    more_lrs: tuple[float, ...] = (3e-5, 1e-4, 1e-2)
     scales: tuple[float, ...] = (0.5, 1.0, 2.0)
     tuning_seeds: tuple[int, ...] = (100, 101)
     test_seeds: tuple[int, ...] = tuple(range(5))
@@ -98,42 +100,49 @@ class Plan:
     def wanted(self, results: pd.DataFrame, guess: bool = False) -> list[Cell]:
         """The cells that can be named by now: test runs only once the tuning runs before them are there.
 
-        To ``guess`` is to name the others too, with any setting in place of the best: as many as there will be.
+        To ``guess`` is to name the others too, with any setting in place of the best: as many as there will be, or
+        a few less, since which rates will be tried beyond ``lrs`` is not known before.
         """
         cells: list[Cell] = []
         for task, method, rule, attn_mode, steps in self.groups:
             scale = 1.0
             if method == "fa":
-                exact = [
-                    Cell(task, "fa", "full", "softmax", scale, lr, steps, seed)
-                    for scale in self.scales
-                    for lr in self.lrs
-                    for seed in self.tuning_seeds
-                ]
+                exact, best = self._tune(Cell(task, "fa", "full", "softmax", 1.0, 0, steps, 0), self.scales, results)
                 cells += exact
-                scale = self._best(exact, results, "feedback_scale") or (self.scales[0] if guess else None)
+                scale = best[0] if best else self.scales[0] if guess else None
             if scale is None:
                 continue
-            tuning = [
-                Cell(task, method, rule, attn_mode, scale, lr, steps, seed)
-                for lr in self.lrs
-                for seed in self.tuning_seeds
-            ]
+            cell = Cell(task, method, rule, attn_mode, scale, 0, steps, 0)
+            tuning, best = self._tune(cell, (scale,), results)
             cells += tuning
-            lr = self._best(tuning, results, "lr") or (self.lrs[0] if guess else None)
+            lr = best[1] if best else self.lrs[0] if guess else None
             if lr is not None:
-                cells += [dataclasses.replace(tuning[0], lr=lr, seed=seed) for seed in self.test_seeds]
+                cells += [dataclasses.replace(cell, lr=lr, seed=seed) for seed in self.test_seeds]
         return list(dict.fromkeys(cells))
 
-    @staticmethod
-    def _best(cells: list[Cell], results: pd.DataFrame, setting: str) -> float | None:
-        """The setting of the lowest mean loss among tuning cells; None while one of them is missing."""
-        rows = pd.DataFrame(cells).merge(results, on=list(KEY), how="left")
-        if rows["status"].isna().any():
-            return None
-        losses = rows["val_loss"].fillna(math.inf)  # a run that diverged or failed
-        lr_losses = losses.groupby([rows[setting], rows["lr"]]).mean()
-        return float(lr_losses.idxmin()[0])
+    def _tune(self, cell: Cell, scales: Iterable[float], results: pd.DataFrame):
+        """The tuning cells to run, and the best (feedback scale, lr) once they are all there; until then None."""
+        tried, untried = list(self.lrs), list(self.more_lrs)
+        while True:
+            cells = [
+                dataclasses.replace(cell, feedback_scale=scale, lr=lr, seed=seed)
+                for scale in scales
+                for lr in tried
+                for seed in self.tuning_seeds
+            ]
+            rows = pd.DataFrame(cells).merge(results, on=list(KEY), how="left")
+            if rows["status"].isna().any():
+                return cells, None
+            scale, lr = best_settings(rows)
+            below, above = [x for x in untried if x < min(tried)], [x for x in untried if x > max(tried)]
+            if lr == min(tried) and below:
+                beyond = max(below)
+            elif lr == max(tried) and above:
+                beyond = min(above)
+            else:
+                return cells, (scale, lr)
+            tried.append(beyond)
+            untried.remove(beyond)
 
 
 CORE = ("full", "none", "diagonal", "ste")
@@ -155,7 +164,8 @@ TIERS = {
 }
 PLANS = {name: Plan(groups) for name, groups in TIERS.items()}
 PLANS["full"] = Plan(sum(TIERS.values(), ()))
-PLANS["small"] = Plan(_groups("recall", ("bp",), ("full", "none"), steps=20), (1e-3,), (1.0,), (100,), (0, 1, 2))
+TRIAL = _groups("recall", ("bp",), ("full", "none"), steps=20)
+PLANS["small"] = Plan(TRIAL, lrs=(1e-3,), more_lrs=(), tuning_seeds=(100,), test_seeds=(0, 1, 2))
 
 # ---- one run -------------------------------------------------------------------------------------------------------
 
