@@ -7,7 +7,9 @@ in ``model_local``; nothing here knows which rule is at work.
 from __future__ import annotations
 
 import ast
+import base64
 import dataclasses
+import functools
 import hashlib
 import inspect
 import io
@@ -21,6 +23,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +32,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
+from IPython.display import display
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize, SymLogNorm
 from scipy.stats import t as student_t
@@ -347,7 +351,7 @@ def train(
         "data": data.sha256,
         "eval_every": eval_every,
         "device": device,
-        "code": _code_fingerprint(*map(inspect.getsource, code)),
+        "code": _code_fingerprint(*map(_source, code)),
         "torch": str(torch.__version__),  # a str of its own class, which the safe loader refuses
     }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
@@ -476,6 +480,10 @@ def _load_checkpoint(path: Path, settings: dict) -> dict | None:
         warnings.warn(f"{path.name} belongs to other settings: training again", stacklevel=3)
         return None
     return saved
+
+
+# A piece of code as it was when first asked for: the file may be edited while a notebook is at work.
+_source = functools.cache(inspect.getsource)
 
 
 def _code_fingerprint(*sources: str) -> str:
@@ -827,20 +835,27 @@ def load_results() -> pd.DataFrame:
     return pd.read_csv(DATA / "results.csv")
 
 
-def best_settings(tuning: pd.DataFrame) -> tuple[float, float]:
-    """Feedback scale and learning rate of the lowest mean validation loss; NaN, NaN where there are no rows.
+class Settings(NamedTuple):
+    """What tuning chooses, and the mean validation loss it had there."""
+
+    feedback_scale: float
+    lr: float
+    loss: float
+
+
+def best_settings(tuning: pd.DataFrame) -> Settings:
+    """Feedback scale and learning rate of the lowest mean validation loss among runs; NaN where there are none.
 
     A run that diverged or failed has no loss and counts as infinitely bad.
 
     >>> runs = pd.DataFrame({"feedback_scale": 1.0, "lr": [1e-3, 1e-3, 3e-3, 3e-3], "val_loss": [2.1, 2.3, 2.0, None]})
     >>> best_settings(runs)
-    (1.0, 0.001)
+    Settings(feedback_scale=1.0, lr=0.001, loss=2.2)
     """
     if tuning.empty:
-        return math.nan, math.nan
-    losses = tuning["val_loss"].fillna(math.inf)
-    scale, lr = losses.groupby([tuning["feedback_scale"], tuning["lr"]]).mean().idxmin()
-    return float(scale), float(lr)
+        return Settings(math.nan, math.nan, math.nan)
+    losses = tuning["val_loss"].fillna(math.inf).groupby([tuning["feedback_scale"], tuning["lr"]]).mean()
+    return Settings(*map(float, losses.idxmin()), float(losses.min()))
 
 
 def harm_table(results: pd.DataFrame) -> pd.DataFrame:
@@ -853,23 +868,23 @@ def harm_table(results: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for group, runs in results.groupby(GROUP, sort=False):
-        tuning = runs[runs["seed"] >= FIRST_TUNING_SEED]
-        scale, _ = best_settings(tuning[tuning["softmax_backward"] == "full"])
-        tests = {}
-        for rule, tried in tuning[tuning["feedback_scale"] == scale].groupby("softmax_backward", sort=False):
-            _, lr = best_settings(tried)
-            test = runs["seed"].lt(FIRST_TUNING_SEED) & runs["softmax_backward"].eq(rule) & runs["lr"].eq(lr)
-            tests[rule] = runs[test & runs["feedback_scale"].eq(scale)].sort_values("seed").assign(lr=lr)
-        losses = {rule: part.set_index("seed")["val_loss"] for rule, part in tests.items()}
-        for rule, part in tests.items():
-            seeds = losses[rule].index  # losses are compared seed by seed
-            complete = all(name in losses and losses[name].index.equals(seeds) for name in ("full", "none"))
+        tuning, tests = runs[runs["seed"] >= FIRST_TUNING_SEED], runs[runs["seed"] < FIRST_TUNING_SEED]
+        scale = best_settings(tuning[tuning["softmax_backward"] == "full"]).feedback_scale
+        by_rule = tuning[tuning["feedback_scale"] == scale].groupby("softmax_backward", sort=False)
+        lrs = {rule: best_settings(tried).lr for rule, tried in by_rule}
+        tests = tests[(tests["feedback_scale"] == scale) & (tests["lr"] == tests["softmax_backward"].map(lrs))]
+        tests = {rule: tests[tests["softmax_backward"] == rule].set_index("seed").sort_index() for rule in lrs}
+        for rule, tried in by_rule:
+            part, references = tests[rule], [tests.get(name) for name in ("full", "none")]
+            # losses are compared seed by seed
+            complete = all(other is not None and other.index.equals(part.index) for other in references)
             result = Harm(math.nan, math.nan, math.nan, "missing")
-            if complete and len(seeds) > 1:
-                result = harm(losses[rule], losses["full"], losses["none"])
+            if complete and len(part) > 1:
+                result = harm(part["val_loss"], *(other["val_loss"] for other in references))
                 if rule in ("full", "none") and result.verdict != "undecided":
                     result = result._replace(verdict="reference")
-            row = dict(zip(GROUP, group, strict=True)) | {"rule": rule, "seeds": len(seeds), "lr": part["lr"].max()}
+            row = dict(zip(GROUP, group, strict=True)) | {"rule": rule, "seeds": len(part), "lr": lrs[rule]}
+            row["lr_tried"] = f"{tried['lr'].min():g} to {tried['lr'].max():g}"
             row |= {"loss": part["val_loss"].mean(), "loss_sd": part["val_loss"].std(), **result._asdict()}
             names = ["accuracy", "cos_scores", "cos_q", "cos_k", "row_sum", "common_mode", "q_norm", "k_norm"]
             rows.append(row | part[names].mean().to_dict())
@@ -910,6 +925,33 @@ def set_style() -> None:
             "legend.frameon": False,
         }
     )
+
+
+def show(number: str, alt: str, caption: str = "", data: pd.DataFrame | None = None) -> None:
+    """Display the current figure as "Figure ``number``", and close it.
+
+    ``alt`` says what is to be seen to those who cannot see it, ``caption`` how it was averaged; ``data`` are the
+    numbers behind the picture, as a table a click away. Elsewhere in the notebook, ``<a href="#figure-5-1">`` is a link
+    to Figure 5.1.
+    """
+    picture = io.BytesIO()
+    with plt.rc_context({"svg.hashsalt": number}):  # the same figure is the same file
+        plt.savefig(picture, format="svg", bbox_inches="tight", metadata={"Date": None})
+    plt.close()
+    source = f"data:image/svg+xml;base64,{base64.b64encode(picture.getvalue()).decode()}"
+    table = "" if data is None else f"<details><summary>The numbers</summary>{_html_table(data)}</details>"
+    page = (
+        f'<figure class="plot" id="figure-{number.replace(".", "-")}">'
+        f'<div tabindex="0" role="group" aria-label="Figure {number}"><img alt="{escape(alt)}" src="{source}"></div>'
+        f"<figcaption><b>Figure {number}.</b> {caption}{table}</figcaption></figure>"
+    )
+    display({"text/html": page, "text/plain": f"Figure {number}. {alt}"}, raw=True)
+
+
+def _html_table(data: pd.DataFrame) -> str:
+    """The table for a page: four digits, and a box of its own, which scrolls where the page is too narrow."""
+    html = data.to_html(float_format="{:.4g}".format, na_rep="", border=0)
+    return f'<div class="table" tabindex="0" role="group" aria-label="Table">{html}</div>'
 
 
 def printable(text: str) -> list[str]:
@@ -962,7 +1004,7 @@ def plot_head_intervals(table: pd.DataFrame, quantities: Mapping[str, str], ax: 
     for i, (quantity, color) in enumerate(quantities.items()):
         shift = 0.18 * (i - (len(quantities) - 1) / 2)
         error = [table[quantity] - table[f"{quantity}_lo"], table[f"{quantity}_hi"] - table[quantity]]
-        style = {"fmt": "o", "markersize": 4, "linewidth": 1.5, "color": COLORS[color], "label": quantity}
+        style = {"fmt": "os^"[i], "markersize": 4, "linewidth": 1.5, "color": COLORS[color], "label": quantity}
         ax.errorbar(position + shift, table[quantity], yerr=np.clip(error, 0, None), **style)
     ax.set_xticks(position, [f"{layer}.{head}" for layer, head in zip(table["layer"], table["head"], strict=True)])
     ax.tick_params(axis="x", labelsize="small")
@@ -1033,22 +1075,39 @@ def signed_scale(maps: Tensor, linear: float = 0.01) -> SymLogNorm:
     return SymLogNorm(linear * high, vmin=-high, vmax=high)
 
 
-def plot_harm(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Harm of every rule (rows of one group of ``harm_table``) with its interval, and the two bounds of the verdict."""
-    ax = ax or plt.gca()
-    table = table[~table["rule"].isin(["full", "none"])].sort_values("harm", ascending=False)
-    colors = {"tolerable": COLORS["sign_sym"], "costly": "#E69F00", "catastrophic": COLORS["offdiag"]}
-    for position, row in enumerate(table.itertuples()):
-        color = colors.get(row.verdict, "0.6")
-        ax.plot([row.low, row.high], [position] * 2, color=color, linewidth=2)
-        ax.plot(row.harm, position, "o", color=color)
-        place = {"xytext": (8, 0), "textcoords": "offset points", "va": "center"}
-        ax.annotate(row.verdict, (max(row.high, 1), position), **place, color=color, fontsize="small")
-    for bound in (TOLERABLE, CATASTROPHIC):
-        ax.axvline(bound, color="0.6", linewidth=1, linestyle="--", zorder=0)
-    ax.axvline(0, color="0.8", linewidth=1, zorder=0)
-    ax.set_yticks(range(len(table)), table["rule"])
-    ax.set_ylim(-0.6, len(table) - 0.4)
-    ax.margins(x=0.25)
-    ax.set_xlabel("harm (0: full, 1: Q and K never trained)")
-    return ax
+def plot_harm(table: pd.DataFrame) -> np.ndarray:
+    """Harm of every rule (rows of ``harm_table``) with its interval and the two bounds of the verdict.
+
+    A panel a group, one below the other, in a figure of their own, and an array of their axes; groups and rules without
+    a verdict are left out.
+    """
+    shown = table[~table["rule"].isin(["full", "none"]) & table["harm"].notna()]
+    groups = list(shown.groupby(GROUP, sort=False))
+    heights = [len(part) + 1.2 for _, part in groups]
+    size = (9, 0.27 * sum(heights) + 0.8)
+    _, axes = plt.subplots(len(groups), 1, figsize=size, sharex=True, squeeze=False, height_ratios=heights)
+    axes = axes[:, 0]
+    colors = {"tolerable": COLORS["sign_sym"], "costly": "#9A6700", "catastrophic": COLORS["offdiag"]}
+    markers = {"tolerable": "o", "costly": "s", "catastrophic": "X"}  # not by colour alone
+    for ax, ((task, method, attn_mode, steps), part) in zip(axes, groups, strict=True):
+        part = part.sort_values("harm", ascending=False)
+        for position, row in enumerate(part.itertuples()):
+            style = {"color": colors[row.verdict]}
+            ax.plot([row.low, row.high], [position] * 2, linewidth=2, **style)
+            ax.plot(row.harm, position, markers[row.verdict], **style)
+            place = {"xytext": (8, 0), "textcoords": "offset points", "va": "center"}
+            ax.annotate(row.verdict, (max(row.high, 1), position), fontsize="small", **place, **style)
+        for bound in (TOLERABLE, CATASTROPHIC):
+            ax.axvline(bound, color="0.6", linewidth=1, linestyle="--", zorder=0)
+        ax.axvline(0, color="0.8", linewidth=1, zorder=0)
+        ax.set_yticks(range(len(part)), part["rule"])
+        ax.set_ylim(-0.6, len(part) - 0.4)
+        sigmoid = "sigmoid attention, " if attn_mode == "sigmoid" else ""
+        ax.set_title(f"{task}, {method}, {sigmoid}{steps:,} steps", fontsize="small")
+    axes[-1].margins(x=0.2)
+    axes[-1].set_xlabel("harm (0: full, 1: Q and K never trained)")
+    return axes
+
+
+for _code in (model_local, train, get_batch, evaluate, Corpus, RecallTask, alignment, symptoms):
+    _source(_code)  # all that a checkpoint's name depends on

@@ -15,6 +15,7 @@ import csv
 import dataclasses
 import hashlib
 import io
+import math
 import platform
 import sys
 import time
@@ -84,15 +85,16 @@ TASKS = {
 class Plan:
     """Which runs are wanted. ``groups`` are (task, method, softmax_backward, attn_mode, steps).
 
-    Every group has the same grid of learning rates, tried on seeds of their own: ``lrs`` first, and where the best one
-    lies at an end of what was tried, the next one of ``more_lrs`` beyond it, until the best has neighbours on both
-    sides. The best by mean validation loss is then run on the test seeds. So is the scale of random feedback, chosen
-    for the exact softmax and used for every rule.
+    Every group has the same grid of learning rates, tried on seeds of their own: ``lrs`` first, then the next one of
+    ``more_lrs`` where the best so far lies at an end of what was tried, or, downwards, where a rule is not better at
+    any of them than untrained queries and keys: no rule is to fail for want of a smaller step. The best by mean
+    validation loss is then run on the test seeds. So is the scale of random feedback, chosen for the exact softmax and
+    used for every rule.
     """
 
     groups: tuple[tuple[str, str, str, str, int], ...]
     lrs: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
-    more_lrs: tuple[float, ...] = (3e-5, 1e-4, 1e-2)
+    more_lrs: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 1e-2)
     scales: tuple[float, ...] = (0.5, 1.0, 2.0)
     tuning_seeds: tuple[int, ...] = (100, 101)
     test_seeds: tuple[int, ...] = tuple(range(5))
@@ -105,23 +107,25 @@ class Plan:
         """
         cells: list[Cell] = []
         for task, method, rule, attn_mode, steps in self.groups:
-            scale = 1.0
+            cell = Cell(task, method, rule, attn_mode, 1.0, 0, steps, 0)
             if method == "fa":
-                exact, best = self._tune(Cell(task, "fa", "full", "softmax", 1.0, 0, steps, 0), self.scales, results)
+                exact, best = self._tune(dataclasses.replace(cell, softmax_backward="full"), self.scales, results)
                 cells += exact
-                scale = best[0] if best else self.scales[0] if guess else None
-            if scale is None:
-                continue
-            cell = Cell(task, method, rule, attn_mode, scale, 0, steps, 0)
-            tuning, best = self._tune(cell, (scale,), results)
+                if not best and not guess:
+                    continue
+                cell = dataclasses.replace(cell, feedback_scale=best.feedback_scale if best else self.scales[0])
+            scales, control = (cell.feedback_scale,), None
+            if rule not in ("full", "none"):
+                _, control = self._tune(dataclasses.replace(cell, softmax_backward="none"), scales, results)
+            tuning, best = self._tune(cell, scales, results, control.loss if control else math.inf)
             cells += tuning
-            lr = best[1] if best else self.lrs[0] if guess else None
-            if lr is not None:
+            if best or guess:
+                lr = best.lr if best else self.lrs[0]
                 cells += [dataclasses.replace(cell, lr=lr, seed=seed) for seed in self.test_seeds]
         return list(dict.fromkeys(cells))
 
-    def _tune(self, cell: Cell, scales: Iterable[float], results: pd.DataFrame):
-        """The tuning cells to run, and the best (feedback scale, lr) once they are all there; until then None."""
+    def _tune(self, cell: Cell, scales: Iterable[float], results: pd.DataFrame, control: float = math.inf):
+        """The tuning cells to run, and the best settings once they are all there; until then None."""
         tried, untried = list(self.lrs), list(self.more_lrs)
         while True:
             cells = [
@@ -133,14 +137,14 @@ class Plan:
             rows = pd.DataFrame(cells).merge(results, on=list(KEY), how="left")
             if rows["status"].isna().any():
                 return cells, None
-            scale, lr = best_settings(rows)
+            best = best_settings(rows)
             below, above = [x for x in untried if x < min(tried)], [x for x in untried if x > max(tried)]
-            if lr == min(tried) and below:
+            if below and (best.lr == min(tried) or best.loss >= control):
                 beyond = max(below)
-            elif lr == max(tried) and above:
+            elif above and best.lr == max(tried):
                 beyond = min(above)
             else:
-                return cells, (scale, lr)
+                return cells, best
             tried.append(beyond)
             untried.remove(beyond)
 
@@ -187,9 +191,7 @@ def _run(cell: Cell, device: str) -> dict:
     task = TASKS[cell.task]
     data = task.data()
     names = ("method", "softmax_backward", "attn_mode", "feedback_scale")
-    config = LocalGPTConfig(
-        vocab_size=data.vocab_size, **task.shape, **{name: getattr(cell, name) for name in names}
-    )
+    config = LocalGPTConfig(vocab_size=data.vocab_size, **task.shape, **{name: getattr(cell, name) for name in names})
     start = time.perf_counter()
     row = dataclasses.asdict(cell) | {"data": data.sha256[:12], "torch": str(torch.__version__)}
     row["machine"] = torch.cuda.get_device_name() if device == "cuda" else f"CPU {platform.machine()}"
