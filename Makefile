@@ -5,17 +5,20 @@ export GOMP_SPINCOUNT := 5000
 PY := .venv/bin/python
 SITE := report/.work/site
 HTML := report/.work/html
+SINGLE := report/.work/single
 CORPUS := report/.work/corpus.txt
-NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb))
+NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb)) notebooks/index.ipynb
 EXECUTED := $(NOTEBOOKS:notebooks/%=$(SITE)/%)
+PAGES := $(wildcard notebooks/*.md)
+SPHINX := $(PY) -m sphinx -q -W --keep-going -E -c notebooks
 
-.PHONY: help report test lab sweep bench notebooks setup lint clean FORCE
+.PHONY: help report test test-report lab sweep bench notebooks setup lint clean FORCE
 .DELETE_ON_ERROR:
 # In their order: a notebook may load what an earlier one has trained.
 .NOTPARALLEL:
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
 
 report: report/index.html  ## set up, execute the notebooks, render report/index.html: only what changed
 	@echo "Seconds that each notebook took when it was last executed:"
@@ -24,6 +27,9 @@ report: report/index.html  ## set up, execute the notebooks, render report/index
 
 test: .venv/.ready $(CORPUS)  ## set up, then run every notebook and every example as a test
 	$(PY) -m pytest
+
+test-report: report  ## test the report in a browser: pages, links, formulas, accessibility
+	$(PY) -m pytest -o addopts= -rs .ci/test_report.py
 
 lab: .venv/.ready $(CORPUS)  ## open the notebooks in JupyterLab
 	$(PY) -m jupyterlab notebooks
@@ -63,14 +69,17 @@ $(CORPUS): .venv/.ready FORCE
 	@cat $@.new
 	@cmp -s $@.new $@ || mv $@.new $@
 
-$(SITE)/%.ipynb: notebooks/%.ipynb helpers.py model_local.py .venv/.ready $(CORPUS) $(wildcard data/*/meta.pkl)
+$(SITE)/%.ipynb: notebooks/%.ipynb notebooks/exercises.py helpers.py model_local.py data/results.csv .venv/.ready $(CORPUS) \
+    $(wildcard data/*/meta.pkl)
 	@mkdir -p $(@D)
 	@$(PY) .ci/execute.py $< --output-dir $(@D) > $(@:.ipynb=.time)
 	@cat $(@:.ipynb=.time)
 
-report/index.html: $(EXECUTED) notebooks/conf.py notebooks/index.md Makefile
-	@rm -rf $(HTML) $(filter-out $(EXECUTED),$(wildcard $(SITE)/*.ipynb))
-	@cp notebooks/index.md $(SITE)
-	$(PY) -m sphinx -q -W --keep-going -E -d report/.work/doctrees -c notebooks $(SITE) $(HTML)
+report/index.html: $(EXECUTED) $(PAGES) $(wildcard notebooks/_static/*) notebooks/references.bib notebooks/conf.py .ci/single_file.py Makefile
+	@rm -rf $(HTML) $(SINGLE) $(filter-out $(EXECUTED),$(wildcard $(SITE)/*.ipynb $(SITE)/*.md))
+	@cp $(PAGES) $(SITE)
+	$(SPHINX) -d report/.work/doctrees $(SITE) $(HTML)
+	$(SPHINX) -b singlehtml -d report/.work/doctrees-single $(SITE) $(SINGLE)
+	$(PY) .ci/single_file.py $(SINGLE)/index.html $(HTML)/one-file.html
 	@rm -rf report/*
 	@mv $(HTML)/* report

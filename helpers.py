@@ -883,7 +883,8 @@ def harm_table(results: pd.DataFrame) -> pd.DataFrame:
                 result = harm(part["val_loss"], *(other["val_loss"] for other in references))
                 if rule in ("full", "none") and result.verdict != "undecided":
                     result = result._replace(verdict="reference")
-            row = dict(zip(GROUP, group, strict=True)) | {"rule": rule, "seeds": len(part), "lr": lrs[rule]}
+            row = dict(zip(GROUP, group, strict=True)) | {"rule": rule, "seeds": len(part)}
+            row |= {"feedback_scale": scale, "lr": lrs[rule]}
             row["lr_tried"] = f"{tried['lr'].min():g} to {tried['lr'].max():g}"
             row |= {"loss": part["val_loss"].mean(), "loss_sd": part["val_loss"].std(), **result._asdict()}
             names = ["accuracy", "cos_scores", "cos_q", "cos_k", "row_sum", "common_mode", "q_norm", "k_norm"]
@@ -934,11 +935,16 @@ def show(number: str, alt: str, caption: str = "", data: pd.DataFrame | None = N
     numbers behind the picture, as a table a click away. Elsewhere in the notebook, ``<a href="#figure-5-1">`` is a link
     to Figure 5.1.
     """
-    picture = io.BytesIO()
+    picture, pixels = io.BytesIO(), any(ax.images for ax in plt.gcf().axes)  # maps; all else is lines and letters
+    if pixels:
+        form = {"format": "webp", "dpi": 160, "pil_kwargs": {"lossless": True}}
+    else:
+        form = {"format": "svg", "metadata": {"Date": None}}
     with plt.rc_context({"svg.hashsalt": number}):  # the same figure is the same file
-        plt.savefig(picture, format="svg", bbox_inches="tight", metadata={"Date": None})
+        plt.savefig(picture, bbox_inches="tight", **form)
     plt.close()
-    source = f"data:image/svg+xml;base64,{base64.b64encode(picture.getvalue()).decode()}"
+    mime = "image/webp" if pixels else "image/svg+xml"
+    source = f"data:{mime};base64,{base64.b64encode(picture.getvalue()).decode()}"
     table = "" if data is None else f"<details><summary>The numbers</summary>{_html_table(data)}</details>"
     page = (
         f'<figure class="plot" id="figure-{number.replace(".", "-")}">'

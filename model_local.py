@@ -19,7 +19,7 @@ Nokland 2016, "Direct feedback alignment provides learning in deep neural networ
 Launay et al. 2020, "Direct feedback alignment scales to modern deep learning"            ``dfa`` in transformers
 Williams 1992, "Simple statistical gradient-following algorithms"                         baselines
 Dao et al. 2022, "FlashAttention"                                                         the lateral sum as ``dO . O``
-Bengio et al. 2013, "Estimating or propagating gradients through stochastic neurons"      ``ste``
+Bengio et al. 2013, "Estimating or propagating gradients through stochastic neurons for conditional computation" ``ste``
 Ramapuram et al. 2024, "Theory, analysis, and best practices for sigmoid self-attention"  ``attn_mode="sigmoid"``
 """
 

@@ -1,6 +1,6 @@
 """Execute notebooks, each in its own folder, with progress to look at: .ci/execute.py NOTEBOOK... [--output-dir DIR]
 
-Without --output-dir they are executed in place. A folder stands for its numbered notebooks, in order. Standard output
+Without --output-dir they are executed in place. A folder stands for the pages of the report in it. Standard output
 gets a line a notebook: its name and how long it took. A notebook is written when all of its cells have run, or not.
 """
 
@@ -20,6 +20,7 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 from tqdm import tqdm
 from traitlets.config import Config
 
+WIDGET = "application/vnd.jupyter.widget-view+json"
 LOG_EVERY = 30  # seconds between two states of a cell's progress bar where no terminal redraws it
 # For the bars in the kernels: never cut off, whatever the terminal's width, so that BAR finds where they end.
 KERNEL_BARS = {"TQDM_NCOLS": "1000", "TQDM_BAR_FORMAT": "{l_bar}{bar:20}{r_bar}"}
@@ -119,8 +120,11 @@ def execute(source, target):
     # What differs from one machine to the next stays out of the file.
     nb.metadata.kernelspec = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
     nb.metadata.language_info.pop("version", None)
+    nb.metadata.pop("widgets", None)  # their ids are random, and no page can use them
     for cell in nb.cells:
         cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
     unfinished = target.with_suffix(".tmp")
     nbformat.write(nb, unfinished)
     os.replace(unfinished, target)
@@ -135,7 +139,8 @@ def main():
     if args.output_dir:
         args.output_dir.mkdir(parents=True, exist_ok=True)
     for path in args.notebooks:
-        for source in sorted(path.glob("[0-9]*.ipynb")) if path.is_dir() else [path]:
+        # the numbered ones and the index, not what a reader may have left there
+        for source in sorted(path.glob("[0-9i]*.ipynb")) if path.is_dir() else [path]:
             execute(source, (args.output_dir or source.parent) / source.name)
 
 

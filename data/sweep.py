@@ -15,7 +15,6 @@ import csv
 import dataclasses
 import hashlib
 import io
-import math
 import platform
 import sys
 import time
@@ -32,7 +31,7 @@ from filelock import FileLock, Timeout
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from tqdm import tqdm
 
-from helpers import DATA, Corpus, RecallTask, best_settings, load_corpus, save_atomically, symptoms, train
+from helpers import DATA, Corpus, RecallTask, Settings, best_settings, load_corpus, save_atomically, symptoms, train
 from model_local import LocalGPTConfig
 
 RESULTS = DATA / "results.csv"
@@ -85,16 +84,14 @@ TASKS = {
 class Plan:
     """Which runs are wanted. ``groups`` are (task, method, softmax_backward, attn_mode, steps).
 
-    Every group has the same grid of learning rates, tried on seeds of their own: ``lrs`` first, then the next one of
-    ``more_lrs`` where the best so far lies at an end of what was tried, or, downwards, where a rule is not better at
-    any of them than untrained queries and keys: no rule is to fail for want of a smaller step. The best by mean
-    validation loss is then run on the test seeds. So is the scale of random feedback, chosen for the exact softmax and
-    used for every rule.
+    Every group has the same grid of learning rates, ``lrs``, tried on seeds of their own; where the best lies at an end
+    of it, the next one of ``more_lrs`` beyond. The best by mean validation loss is then run on the test seeds. So is
+    the scale of random feedback, chosen for the exact softmax and used for every rule.
     """
 
     groups: tuple[tuple[str, str, str, str, int], ...]
-    lrs: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
-    more_lrs: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 1e-2)
+    lrs: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+    more_lrs: tuple[float, ...] = (1e-5, 1e-2)
     scales: tuple[float, ...] = (0.5, 1.0, 2.0)
     tuning_seeds: tuple[int, ...] = (100, 101)
     test_seeds: tuple[int, ...] = tuple(range(5))
@@ -114,39 +111,33 @@ class Plan:
                 if not best and not guess:
                     continue
                 cell = dataclasses.replace(cell, feedback_scale=best.feedback_scale if best else self.scales[0])
-            scales, control = (cell.feedback_scale,), None
-            if rule not in ("full", "none"):
-                _, control = self._tune(dataclasses.replace(cell, softmax_backward="none"), scales, results)
-            tuning, best = self._tune(cell, scales, results, control.loss if control else math.inf)
+            tuning, best = self._tune(cell, (cell.feedback_scale,), results)
             cells += tuning
             if best or guess:
                 lr = best.lr if best else self.lrs[0]
                 cells += [dataclasses.replace(cell, lr=lr, seed=seed) for seed in self.test_seeds]
         return list(dict.fromkeys(cells))
 
-    def _tune(self, cell: Cell, scales: Iterable[float], results: pd.DataFrame, control: float = math.inf):
+    def _tune(self, cell: Cell, scales: Iterable[float], results: pd.DataFrame) -> tuple[list[Cell], Settings | None]:
         """The tuning cells to run, and the best settings once they are all there; until then None."""
-        tried, untried = list(self.lrs), list(self.more_lrs)
+        lrs = sorted(self.lrs)
         while True:
             cells = [
                 dataclasses.replace(cell, feedback_scale=scale, lr=lr, seed=seed)
                 for scale in scales
-                for lr in tried
+                for lr in lrs
                 for seed in self.tuning_seeds
             ]
             rows = pd.DataFrame(cells).merge(results, on=list(KEY), how="left")
             if rows["status"].isna().any():
                 return cells, None
             best = best_settings(rows)
-            below, above = [x for x in untried if x < min(tried)], [x for x in untried if x > max(tried)]
-            if below and (best.lr == min(tried) or best.loss >= control):
-                beyond = max(below)
-            elif above and best.lr == max(tried):
-                beyond = min(above)
+            if best.lr == lrs[0] and any(lr < lrs[0] for lr in self.more_lrs):
+                lrs.insert(0, max(lr for lr in self.more_lrs if lr < lrs[0]))
+            elif best.lr == lrs[-1] and any(lr > lrs[-1] for lr in self.more_lrs):
+                lrs.append(min(lr for lr in self.more_lrs if lr > lrs[-1]))
             else:
                 return cells, best
-            tried.append(beyond)
-            untried.remove(beyond)
 
 
 CORE = ("full", "none", "diagonal", "ste")

@@ -1,0 +1,47 @@
+"""Put a page and all that it needs into one file, to send round: .ci/single_file.py PAGE.html TARGET.html"""
+
+import base64
+import mimetypes
+import sys
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from bs4 import BeautifulSoup
+
+
+def neighbour(page, reference):
+    """The file beside the page that a reference names; None for an address of another kind."""
+    parts = urlsplit(reference)
+    return None if parts.scheme or not parts.path else page.parent / unquote(parts.path)
+
+
+def inline(page):
+    soup = BeautifulSoup(page.read_text(encoding="utf-8"), "html.parser")
+    for part in soup.select(".site-only, .sidebar-search-container"):
+        part.decompose()
+    for link in soup.find_all("link", href=True):
+        if "stylesheet" not in link["rel"]:
+            link.decompose()  # a search page, an icon: not in this file
+            continue
+        style = soup.new_tag("style")
+        style.string = neighbour(page, link["href"]).read_text(encoding="utf-8")
+        link.replace_with(style)
+    for script in soup.find_all("script", src=True):
+        # A closing tag inside a string would end the script.
+        script.string = neighbour(page, script["src"]).read_text(encoding="utf-8").replace("</script", r"<\/script")
+        if script.has_attr("defer") or script.has_attr("async"):  # it waits for the page, which an inline one cannot
+            soup.body.append(script.extract())
+        del script["src"], script["defer"], script["async"]
+    for image in soup.find_all("img", src=True):
+        if path := neighbour(page, image["src"]):
+            kind = mimetypes.guess_type(path.name)[0]
+            image["src"] = f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    for link in soup.select('a[href^="#document-"]'):  # Sphinx writes #document-PAGE#anchor; the anchor is on this page
+        if (anchor := link["href"].find("#", 1)) > 0:
+            link["href"] = link["href"][anchor:]
+    return str(soup)
+
+
+if __name__ == "__main__":
+    source, target = map(Path, sys.argv[1:])
+    target.write_text(inline(source), encoding="utf-8")
