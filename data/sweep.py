@@ -87,6 +87,16 @@ class Plan:
     Every group has the same grid of learning rates, ``lrs``, tried on seeds of their own; where the best lies at an end
     of it, the next one of ``more_lrs`` beyond. The best by mean validation loss is then run on the test seeds. So is
     the scale of random feedback, chosen for the exact softmax and used for every rule.
+
+    >>> plan = Plan((("recall", "bp", "full", "softmax", 10),), (1e-3, 3e-3), (1e-4, 1e-2), (1.0,), (100,), (0, 1))
+    >>> def wanted(**losses):
+    ...     done = [Cell("recall", "bp", "full", "softmax", 1.0, float(lr), 10, 100) for lr in losses]
+    ...     results = pd.DataFrame(done, columns=[*KEY]).astype(KEY).assign(status="ok", val_loss=list(losses.values()))
+    ...     return [(cell.lr, cell.seed) for cell in plan.wanted(results) if cell not in done]
+    >>> wanted(), wanted(**{"1e-3": 2.0, "3e-3": 3.0}), wanted(**{"1e-3": 3.0, "3e-3": 2.0})
+    ([(0.001, 100), (0.003, 100)], [(0.0001, 100)], [(0.01, 100)])
+    >>> wanted(**{"1e-3": 2.0, "3e-3": 3.0, "1e-4": 3.0})
+    [(0.001, 0), (0.001, 1)]
     """
 
     groups: tuple[tuple[str, str, str, str, int], ...]

@@ -12,7 +12,9 @@ addEventListener("load", async () => {
   // What scrolls can be reached by Tab, and so scrolled with the arrow keys.
   const boxes = document.querySelectorAll("pre, div.output.text_html, .table, .table-wrapper, figure.plot > div")
   const observer = new ResizeObserver((entries) => {
-    for (const {target} of entries) target.tabIndex = target.scrollWidth > target.clientWidth ? 0 : -1
+    for (const {target: box} of entries) {
+      box.tabIndex = box.scrollWidth > box.clientWidth || box.scrollHeight > box.clientHeight ? 0 : -1
+    }
   })
   for (const box of boxes) observer.observe(box)
 })
