@@ -885,7 +885,8 @@ def harm_table(results: pd.DataFrame) -> pd.DataFrame:
                     result = result._replace(verdict="reference")
             row = dict(zip(GROUP, group, strict=True)) | {"rule": rule, "seeds": len(part)}
             row |= {"feedback_scale": scale, "lr": lrs[rule]}
-            row["lr_tried"] = f"{tried['lr'].min():g} to {tried['lr'].max():g}"
+            ends = tried["lr"].min(), tried["lr"].max()
+            row |= {"lr_tried": "{:g} to {:g}".format(*ends), "lr_at_end": lrs[rule] in ends}
             row |= {"loss": part["val_loss"].mean(), "loss_sd": part["val_loss"].std(), **result._asdict()}
             names = ["accuracy", "cos_scores", "cos_q", "cos_k", "row_sum", "common_mode", "q_norm", "k_norm"]
             rows.append(row | part[names].mean().to_dict())
@@ -1100,7 +1101,8 @@ def plot_harm(table: pd.DataFrame) -> np.ndarray:
         for position, row in enumerate(part.itertuples()):
             style = {"color": colors[row.verdict]}
             ax.plot([row.low, row.high], [position] * 2, linewidth=2, **style)
-            ax.plot(row.harm, position, markers[row.verdict], **style)
+            face = "white" if row.lr_at_end else style["color"]  # a rate beyond might have been better
+            ax.plot(row.harm, position, markers[row.verdict], markerfacecolor=face, **style)
             place = {"xytext": (8, 0), "textcoords": "offset points", "va": "center"}
             ax.annotate(row.verdict, (max(row.high, 1), position), fontsize="small", **place, **style)
         for bound in (TOLERABLE, CATASTROPHIC):

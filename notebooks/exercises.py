@@ -766,7 +766,8 @@ def blind_rules(answer: object) -> str:
     for name in sorted(chosen - blind):
         raise Wrong(f"{name} was tried with g and with g + 5, and sends something else. Does its baseline move along?")
     if blind - chosen:
-        raise Wrong(f"Nothing in it is wrong, but it is not complete: {len(blind - chosen)} more are blind to it.")
+        more = "one more is" if len(blind - chosen) == 1 else f"{len(blind - chosen)} more are"
+        raise Wrong(f"Nothing in it is wrong, but it is not complete: {more} blind to it.")
     return "Blindness to the common mode is not enough either: only one of them leaves every row's sum at zero."
 
 
