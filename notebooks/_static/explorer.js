@@ -26,9 +26,10 @@
   function columns(method, step, head) {
     const stored = maps[method][step];
     const n = (T * (T + 1)) / 2;
-    const A = unpack(stored.a, Uint16Array).subarray(head * n, (head + 1) * n);
+    const A = (stored.weights ??= unpack(stored.a, Uint16Array)).subarray(head * n, (head + 1) * n);
     const unit = (1e6 * stored.scale[head]) / 32767; // gradients in millionths of a nat
-    const g = Array.from(unpack(stored.g, Int16Array).subarray(head * n, (head + 1) * n), (q) => q * unit);
+    const errors = (stored.errors ??= unpack(stored.g, Int16Array)).subarray(head * n, (head + 1) * n);
+    const g = Array.from(errors, (q) => q * unit);
     const c = {query: [], key: [], a: [], g, f: [], d: [], o: [], error: []};
     for (let query = 0, start = 0; query < T; start += ++query) {
       const row = A.subarray(start, start + query + 1);
@@ -169,7 +170,9 @@
   function update(change) {
     Object.assign(state, change);
     state.key = Math.min(state.key, state.query);
-    if (!("query" in change || "key" in change)) drawHead();
+    const moved = "query" in change || "key" in change;
+    if (!moved && !("head" in change)) drawCosines();
+    if (!moved) drawHead();
     drawRow();
   }
 
@@ -178,12 +181,15 @@
     $(`-map-${name}`).previousElementSibling.querySelector(`.${part}`).textContent = words;
   }
 
-  function drawHead() {
+  function drawCosines() {
     for (const head of everyHead) {
       const {d, f} = columns(state.method, state.step, head);
       const cosine = dot(d, f) / Math.sqrt(dot(d, d) * dot(f, f));
       $(`-head [value="${head}"] + span small`).textContent = cosine.toFixed(2).replace("-", "−");
     }
+  }
+
+  function drawHead() {
     const c = columns(state.method, state.step, state.head);
     const limit = largest(c.f, c.d, c.o); // one scale for what is to be compared
     const limits = {a: 1, g: largest(c.g), f: limit, d: limit, o: limit, error: limit};
