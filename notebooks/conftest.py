@@ -1,13 +1,18 @@
-"""For pytest: what the comparison of notebooks' outputs needs in order to mean something."""
+"""For pytest: what notebooks and properties need in order to be tests."""
 
 import os
 from pathlib import Path
 
+import hypothesis
 import nbformat
 import pytest
 
 # Progress bars never come out the same twice.
 os.environ["TQDM_DISABLE"] = "1"
+
+# The same examples at every call, however slow the machine.
+hypothesis.settings.register_profile("report", derandomize=True, deadline=None, max_examples=50, database=None)
+hypothesis.settings.load_profile("report")
 
 
 def pytest_sessionstart():
