@@ -652,14 +652,15 @@ def head_energy(
     ============================== ========================================================================= =========
 
     Energies are summed over a sequence's (query, key) pairs, averaged over sequences, then divided: a ratio of means.
-    Cosines are taken per sequence over the flattened map, then averaged over those that define one. ``*_lo`` and
-    ``*_hi`` bound the 95 % bootstrap interval over the B sequences. Rows of attn are scaled to sum to 1 in float64, the
-    scale of grad is free.
+    Cosines are taken per sequence over the flattened map, then averaged (sequences without any gradient are left out).
+    ``*_lo`` and ``*_hi`` bound the 95 % bootstrap interval over the B sequences. Sums run in float64, rows of attn are
+    scaled to sum to 1, and no absolute epsilon enters anywhere: the scale of grad is free.
 
     A head is ``defined`` where the rounding of attn and grad, to the precision in which they were made, moves f by no
-    more than ``ROUNDING`` = 1 % of |f|: cosines are then right to 0.01, ratios to 2 %. Numbers that half precision
-    holds without loss, or rows that miss 1 by more than float32 would, count as made in half precision, whatever their
-    type is. Raises ValueError where attn is not a softmax over the visible keys, and on values that are not finite.
+    more than ``ROUNDING`` = 1 % of |f|: ratios are then right to 2 %, cosines to 0.01, and NaN as well where a single
+    sequence fails this. That precision is the coarsest that the types, the values (half precision holds them without
+    loss) and the row sums of attn tell. Raises ValueError where attn is not a softmax over the visible keys, and on
+    values that are not finite.
 
     >>> a = torch.tensor([[1.0, 0.0], [0.5, 0.5]]).double()[None, None]
     >>> row = head_energy(a, torch.tensor([[1.0, 0.0], [1.0, -1.0]]).double()[None, None]).iloc[0]
@@ -690,13 +691,13 @@ def head_energy(
 
     # What rounding makes of f = J g: relative errors u of g give u^2 sum_k |J's column k|^2 g_k^2 <= 2 u^2 |d|^2, those
     # of a, whose rows sum to 1, 2 u^2 |f|^2. Near zero errors are absolute, a format's step. float64 adds its own.
-    made = [_made_in(attn), _made_in(grad)]
-    u = max(off, *(format.eps / 2 for format in made))  # rounding moves a sum of 1 by its relative error at the most
-    step_a, step_g = (format.smallest_normal * format.eps for format in made)
+    (u_a, step_a), (u_g, step_g) = _precision(attn), _precision(grad)
+    u = max(off, u_a, u_g)  # rounding moves a sum of 1 by its relative error at the most
     noise = 2 * u**2 * (dd + ff) + (step_a**2 + EPS64**2) * ee + T * (step_g / size[:, 0, 0]) ** 2
     floor = noise / ROUNDING**2
     pairs = {"cos_diag": (df, dd), "cos_ste": (ef, ee), "cos_ste_unmasked": (gf, gg)}
     cosines = {name: torch.where(ff > floor, xf / (xx * ff).sqrt(), torch.nan) for name, (xf, xx) in pairs.items()}
+    unknown = ((gg > 0) & (ff <= floor)).any(0).cpu().numpy()  # a mean over the other sequences is that of a selection
 
     # row 0 weighs every sequence once, the others are bootstrap resamples of the sequences
     counts = np.random.default_rng(seed).multinomial(B, np.full(B, 1 / B), size=n_boot)
@@ -713,7 +714,7 @@ def head_energy(
     energy[energy <= floor] = np.nan
     draws = {"r_diag": mean(dd) / energy, "r_offdiag": mean(oo) / energy, "r_cross": 2 * mean(do) / energy}
     draws["one_minus_r_diag"] = 1 - draws["r_diag"]
-    draws |= {name: np.where(np.isnan(energy[0]), np.nan, mean(cosine)) for name, cosine in cosines.items()}
+    draws |= {name: np.where(unknown, np.nan, mean(cosine)) for name, cosine in cosines.items()}
     draws |= {name: mean(value) for name, value in shapes.items()}
     columns = {"head": range(H), "defined": np.isfinite(energy[0])}
     for name, draw in draws.items():
@@ -730,13 +731,17 @@ def _inner_products(a: Tensor, g: Tensor, visible: Tensor) -> Tensor:
     return torch.stack([torch.linalg.vecdot(x.flatten(1), y.flatten(1)) for x, y in pairs], dim=-1)
 
 
-def _made_in(values: Tensor) -> torch.finfo:
-    """The coarsest format that holds all ``values`` exactly: what is float32 now may have been made in half precision."""
+def _precision(values: Tensor) -> tuple[float, float]:
+    """The precision in which ``values`` were made: relative rounding error, and the smallest step near zero.
+
+    That of the coarsest formats which hold all of them exactly: a float32 now may have been made in half precision.
+    """
+    # the last query first: it is nearly always enough to exclude a format
+    holds = [torch.finfo(values.dtype)]
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        # the last query first: it is nearly always enough to exclude a format
         if all((part.to(dtype) == part).all() for part in (values[:, :, -1], values)):
-            return torch.finfo(dtype)
-    return torch.finfo(values.dtype)
+            holds.append(torch.finfo(dtype))
+    return max(made.eps / 2 for made in holds), max(made.smallest_normal * made.eps for made in holds)
 
 
 def _check_attention(attn: Tensor, grad: Tensor, visible: Tensor | None) -> tuple[Tensor, float]:
@@ -750,11 +755,11 @@ def _check_attention(attn: Tensor, grad: Tensor, visible: Tensor | None) -> tupl
         visible = torch.ones(attn.shape[-2:], dtype=torch.bool, device=attn.device).tril()
     if visible.dtype != torch.bool or visible.shape != attn.shape[-2:]:
         raise ValueError(f"visible is {visible.dtype} {tuple(visible.shape)}: expected a boolean map (T, T)")
+    off = (attn.sum(-1, dtype=torch.float64) - 1).abs().amax().item()
+    if not (attn.amin() >= 0 and off <= max(1e-3, 2 * _precision(attn)[0])):  # written so that NaN fails too
+        raise ValueError("the rows of attn are not weights that sum to 1: the split is that of a softmax")
     if attn.amax((0, 1))[~visible].any():
         raise ValueError("attn is not zero on masked keys: pass the map of visible keys that the model used")
-    off = (attn.sum(-1, dtype=torch.float64) - 1).abs().amax().item()
-    if not (attn.amin() >= 0 and off <= max(1e-3, _made_in(attn).eps)):  # written so that NaN fails too
-        raise ValueError("the rows of attn are not weights that sum to 1: the split is that of a softmax")
     if not grad.isfinite().all():
         raise ValueError("grad holds values that are not finite")
     return visible, off
