@@ -32,7 +32,7 @@ def assert_same(layers, expected):
 
 def alone(model, x, y):
     """The maps of a pass that nothing disturbs."""
-    return maps(capture_batch(model, x, y))
+    return maps(capture_batch(model, x, y))  # never inside another capture, which would see this pass, too
 
 
 def n_hooks(model):
@@ -57,12 +57,13 @@ def test_a_forward_pass_between_forward_and_backward_changes_nothing(B):
 
 def test_backward_passes_in_the_other_order_each_bring_their_own_maps():
     model, first, second = make_model(), batch(4), batch(3, T=5, seed=1)
+    expected = [alone(model, *pair) for pair in (first, second)]
     with capture_attention(model) as layers:
         losses = [model(*pair)[1] for pair in (first, second)]
-        losses[1].backward()
-        assert_same(layers, alone(model, *second))
         losses[0].backward()
-        assert_same(layers, alone(model, *first))
+        assert_same(layers, expected[0])
+        losses[1].backward()
+        assert_same(layers, expected[1])
 
 
 def test_two_losses_added_give_the_maps_of_one_pass_the_same_in_all_layers():

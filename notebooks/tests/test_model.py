@@ -350,6 +350,7 @@ def test_no_query_sees_a_later_key():
 # --- what else runs through a backward pass --------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:Using backward.* with create_graph=True")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("rule", SOFTMAX_BACKWARD)
 def test_nothing_can_be_differentiated_twice(method, rule):
