@@ -673,8 +673,8 @@ def head_energy(
     n_visible = visible.sum(-1)
     several = n_visible > 1  # a query with a single key has a = 1 and J = 0: it carries nothing
     B, H, T, _ = attn.shape
-    size = grad.abs().amax((0, 2, 3)).double()[:, None, None]  # divided by it, squares neither overflow nor vanish
-    size[size == 0] = 1
+    # a head's largest gradient: divided by it, squares neither overflow nor vanish; 0 makes all of the head NaN
+    size = grad.abs().amax((0, 2, 3)).double()[:, None, None]
 
     # one sequence at a time: its maps stay in the processor's cache, which is three times faster than the whole batch
     products, entropy = [], []
