@@ -572,7 +572,7 @@ def capture_attention(model: torch.nn.Module) -> Iterator[list[CapturedAttention
     modules = {name: m for name, m in model.named_modules() if isinstance(m, AttentionWeights)}
     if not modules:
         raise ValueError(f"{type(model).__name__} has no AttentionWeights module: there is nothing to capture")
-    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in model.modules()):
+    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in model.modules()):  # torch.compile(m), m.compile()
         raise ValueError("hooks do not run in a compiled model: capture the model as it was before torch.compile")
     layers = [CapturedAttention(name) for name in modules]
     handles: list[RemovableHandle] = []
