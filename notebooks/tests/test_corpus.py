@@ -137,6 +137,17 @@ def test_swapped_entries_of_stoi_are_refused_by_load_corpus_and_made_right_by_pr
     assert text_of("shakespeare_char", tiny) == TEXT
 
 
+@pytest.mark.parametrize("file", ["train.bin", "val.bin"])
+def test_one_wrong_token_of_shakespeare_is_not_taken_for_it_and_is_fetched_again(tiny, monkeypatch, file):
+    prepare.write_corpus("shakespeare_char", TEXT)
+    whole = content(tiny / "shakespeare_char")
+    (tiny / "shakespeare_char" / file).write_bytes(flip(whole[file]))
+    assert call(monkeypatch) == 2  # no network
+    monkeypatch.setattr(prepare, "download_shakespeare", lambda: TEXT)
+    assert call(monkeypatch) == 0
+    assert content(tiny / "shakespeare_char") == whole
+
+
 def test_a_whole_corpus_is_left_alone_without_a_look_at_the_network(tiny, monkeypatch, capsys):
     prepare.write_corpus("shakespeare_char", TEXT)
     (tiny / "shakespeare_char" / "input.txt").write_text("as nanoGPT leaves it there")
