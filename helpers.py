@@ -17,12 +17,14 @@ import json
 import math
 import os
 import pickle
+import re
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from decimal import Decimal
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -891,6 +893,42 @@ def harm_table(results: pd.DataFrame) -> pd.DataFrame:
             names = ["accuracy", "cos_scores", "cos_q", "cos_k", "row_sum", "common_mode", "q_norm", "k_norm"]
             rows.append(row | part[names].mean().to_dict())
     return pd.DataFrame(rows)
+
+
+# A number as prose has it: 0.43, -0.22, 1,003,854, 10^{-3}, 3\cdot10^{-5}; not 1/4, H100 or x_1.
+NUMBER = re.compile(r"(?<![\w.^/])-?(?:[\d.]+\\cdot)?(?:10\^\{?-?\d+\}?|\d+(?:,\d{3})*(?:\.\d+)?)(?![\w/]|\.\d)")
+
+
+def claim(sentence: str, *values: float | bool, within: float | None = None, corpus: Corpus | None = None) -> None:
+    """Hold a sentence of the text against what was computed; AssertionError says what in it is not so.
+
+    The numbers in ``sentence``, in order, must be the ``values``: to the digits printed, or to ``within`` where trained
+    runs differ from machine to machine. A value that is True or False stands for no number, but for what the words say.
+    With a ``corpus`` that is not Tiny Shakespeare nothing is claimed: give it where the sentence is about that text.
+    notebooks/tests/test_prose.py makes sure that the text has the sentence, and no result that is in no sentence here.
+
+    >>> claim("harm stays below 0.25: 0.05 [0.04, 0.06]", 0.25, 0.0512, 0.0433, 0.0589, 0.0589 < 0.25)
+    >>> claim("harm is 0.07 on 656 runs", 0.0512, 656)
+    Traceback (most recent call last):
+        ...
+    AssertionError: 0.07 should be 0.0512 in: harm is 0.07 on 656 runs
+    """
+    if corpus is not None and not corpus.is_shakespeare:
+        return
+
+    def hold(so: bool, otherwise: str) -> None:
+        if not so:
+            raise AssertionError(f"{otherwise} in: {sentence}")
+
+    written = [re.sub(r"[,{}]", "", n).replace(r"\cdot10^", "e").replace("10^", "1e") for n in NUMBER.findall(sentence)]
+    truths = [value for value in values if isinstance(value, (bool, np.bool_))]
+    values = [value for value in values if not isinstance(value, (bool, np.bool_))]
+    hold(len(written) == len(values), f"{len(values)} numbers given, and {len(written)}")
+    hold(truths or values, "nothing given that could support what is said")
+    hold(all(truths), "what is said does not hold")
+    for number, value in zip(map(Decimal, written), values, strict=True):
+        reach = 0.5 * 10.0 ** number.as_tuple().exponent if within is None else within  # half of the last digit
+        hold(abs(value - float(number)) <= reach * (1 + 1e-9), f"{number:f} should be {value:.6g}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
