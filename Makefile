@@ -29,7 +29,7 @@ test: .venv/.ready $(CORPUS)  ## set up, then run every notebook and every examp
 	$(PY) -m pytest
 
 test-report: report  ## test the report in a browser: pages, links, formulas, accessibility
-	$(PY) -m pytest -o addopts= -rs .ci/test_report.py
+	$(PY) -m pytest -o addopts= -rs notebooks/tests/test_report.py
 
 lab: .venv/.ready $(CORPUS)  ## open the notebooks in JupyterLab
 	$(PY) -m jupyterlab notebooks
@@ -38,10 +38,10 @@ sweep: .venv/.ready $(CORPUS)  ## train the runs that data/results.csv still mis
 	$(PY) data/sweep.py
 
 bench: .venv/.ready $(CORPUS)  ## measure what the local rules and the capture cost
-	$(PY) .ci/bench.py
+	$(PY) data/bench.py
 
 notebooks: .venv/.ready $(CORPUS)  ## execute the notebooks in place, to store new outputs (for developers)
-	$(PY) .ci/execute.py $(NOTEBOOKS)
+	$(PY) notebooks/execute.py $(NOTEBOOKS)
 
 setup: .venv/.ready  ## only create .venv, with everything installed
 
@@ -72,14 +72,14 @@ $(CORPUS): .venv/.ready FORCE
 $(SITE)/%.ipynb: notebooks/%.ipynb notebooks/exercises.py helpers.py model_local.py data/results.csv .venv/.ready $(CORPUS) \
     $(wildcard data/*/meta.pkl)
 	@mkdir -p $(@D)
-	@$(PY) .ci/execute.py $< --output-dir $(@D) > $(@:.ipynb=.time)
+	@$(PY) notebooks/execute.py $< --output-dir $(@D) > $(@:.ipynb=.time)
 	@cat $(@:.ipynb=.time)
 
-report/index.html: $(EXECUTED) $(PAGES) $(wildcard notebooks/_static/*) notebooks/references.bib notebooks/conf.py .ci/single_file.py Makefile
+report/index.html: $(EXECUTED) $(PAGES) $(wildcard notebooks/_static/*) notebooks/references.bib notebooks/conf.py notebooks/single_file.py Makefile
 	@rm -rf $(HTML) $(SINGLE) $(filter-out $(EXECUTED),$(wildcard $(SITE)/*.ipynb $(SITE)/*.md))
 	@cp $(PAGES) $(SITE)
 	$(SPHINX) -d report/.work/doctrees $(SITE) $(HTML)
 	$(SPHINX) -b singlehtml -d report/.work/doctrees-single $(SITE) $(SINGLE)
-	$(PY) .ci/single_file.py $(SINGLE)/index.html $(HTML)/one-file.html
+	$(PY) notebooks/single_file.py $(SINGLE)/index.html $(HTML)/one-file.html
 	@rm -rf report/*
 	@mv $(HTML)/* report
