@@ -7,7 +7,6 @@ in ``model_local``; nothing here knows which rule is at work.
 from __future__ import annotations
 
 import ast
-import base64
 import dataclasses
 import functools
 import hashlib
@@ -23,7 +22,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,9 +30,9 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
-from IPython.display import display
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize, SymLogNorm
+from matplotlib_inline.config import InlineBackend
 from scipy.stats import t as student_t
 from torch import Tensor
 from torch.nn import functional as F
@@ -913,7 +911,11 @@ SEQUENTIAL, DIVERGING = "viridis", "RdBu_r"  # energies; signed quantities, cent
 
 
 def set_style() -> None:
-    """The look of every figure in the report; called once a notebook."""
+    """The look of every figure and table in the report; called once a notebook."""
+    pd.set_option("display.max_rows", None, "display.max_columns", None)
+    inline = InlineBackend.instance()
+    inline.print_figure_kwargs = {"bbox_inches": "tight", "metadata": {"Date": None}}
+    inline.figure_formats = {"svg"}
     sns.set_theme(context="notebook", style="ticks", palette=list(COLORS.values()))
     plt.rcParams.update(
         {
@@ -925,40 +927,9 @@ def set_style() -> None:
             "axes.spines.top": False,
             "axes.spines.right": False,
             "legend.frameon": False,
+            "svg.hashsalt": "report",  # with no date in it, the same figure is the same bytes
         }
     )
-
-
-def show(number: str, alt: str, caption: str = "", data: pd.DataFrame | None = None) -> None:
-    """Display the current figure as "Figure ``number``", and close it.
-
-    ``alt`` says what is to be seen to those who cannot see it, ``caption`` how it was averaged; ``data`` are the
-    numbers behind the picture, as a table a click away. Elsewhere in the notebook, ``<a href="#figure-5-1">`` is a link
-    to Figure 5.1.
-    """
-    picture, pixels = io.BytesIO(), any(ax.images for ax in plt.gcf().axes)  # maps; all else is lines and letters
-    if pixels:
-        form = {"format": "webp", "dpi": 160, "pil_kwargs": {"lossless": True}}
-    else:
-        form = {"format": "svg", "metadata": {"Date": None}}
-    with plt.rc_context({"svg.hashsalt": number}):  # the same figure is the same file
-        plt.savefig(picture, bbox_inches="tight", **form)
-    plt.close()
-    mime = "image/webp" if pixels else "image/svg+xml"
-    source = f"data:{mime};base64,{base64.b64encode(picture.getvalue()).decode()}"
-    table = "" if data is None else f"<details><summary>The numbers</summary>{_html_table(data)}</details>"
-    page = (
-        f'<figure class="plot" id="figure-{number.replace(".", "-")}">'
-        f'<div tabindex="0" role="group" aria-label="Figure {number}"><img alt="{escape(alt)}" src="{source}"></div>'
-        f"<figcaption><b>Figure {number}.</b> {caption}{table}</figcaption></figure>"
-    )
-    display({"text/html": page, "text/plain": f"Figure {number}. {alt}"}, raw=True)
-
-
-def _html_table(data: pd.DataFrame) -> str:
-    """The table for a page: four digits, and a box of its own, which scrolls where the page is too narrow."""
-    html = data.to_html(float_format="{:.4g}".format, na_rep="", border=0)
-    return f'<div class="table" tabindex="0" role="group" aria-label="Table">{html}</div>'
 
 
 def printable(text: str) -> list[str]:
