@@ -16,7 +16,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Locator, Page, sync_playwright
 
-REPORT = Path(os.environ.get("REPORT", Path(__file__).parents[1] / "report")).resolve()
+REPORT = Path(os.environ.get("REPORT", Path(__file__).parents[2] / "report")).resolve()
 # .work is make's own
 FILES = [path for path in REPORT.rglob("*") if path.is_file() and path.relative_to(REPORT).parts[0][0] != "."]
 PAGES = sorted(path.relative_to(REPORT).as_posix() for path in FILES if path.suffix == ".html")
