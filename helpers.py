@@ -894,7 +894,9 @@ def harm_table(results: pd.DataFrame) -> pd.DataFrame:
 
 
 # A number as prose has it: 0.43, -0.22, 1,003,854, 10^{-3}, 3\cdot10^{-5}; not 1/4, H100 or x_1.
-NUMBER = re.compile(r"(?<![\w.^/])-?(?:[\d.]+\\cdot)?(?:10\^\{?-?\d+\}?|\d+(?:,\d{3})*(?:\.\d+)?)(?![\w/]|\.\d)")
+NUMBER = re.compile(
+    r"(?<![\w.^/])(?<!\d,)-?(?:[\d.]+\\cdot)?(?:10\^\{?-?\d+\}?|\d+(?:,\d{3})*(?:\.\d+)?)(?![\w/]|\.\d)"
+)
 
 
 def claim(sentence: str, *values: float | bool, within: float | None = None, corpus: Corpus | None = None) -> None:
