@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import hashlib
 import inspect
-import io
 import json
 import math
 import os
