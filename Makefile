@@ -6,7 +6,7 @@ PY := .venv/bin/python
 SITE := report/.work/site
 HTML := report/.work/html
 SINGLE := report/.work/single
-CORPUS := report/.work/corpus.txt
+TEXT_READY := report/.work/corpus.txt
 NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb)) notebooks/index.ipynb
 EXECUTED := $(NOTEBOOKS:notebooks/%=$(SITE)/%)
 PAGES := $(wildcard notebooks/*.md)
@@ -28,22 +28,22 @@ pages: report/index.html
 	@cat $(EXECUTED:.ipynb=.time)
 	@echo "The report: $(CURDIR)/report/index.html"
 
-test: .venv/.ready $(CORPUS)  ## set up, then run every notebook and every example as a test
+test: .venv/.ready $(TEXT_READY)  ## set up, then run every notebook and every example as a test
 	$(PY) -m pytest
 
 test-report: report  ## test the report in a browser: pages, links, formulas, accessibility
 	$(PY) -m pytest -o addopts= -rs notebooks/tests/test_report.py
 
-lab: .venv/.ready $(CORPUS)  ## open the notebooks in JupyterLab
+lab: .venv/.ready $(TEXT_READY)  ## open the notebooks in JupyterLab
 	$(PY) -m jupyterlab notebooks
 
-sweep: .venv/.ready $(CORPUS)  ## train the runs that data/results.csv still misses (hours)
+sweep: .venv/.ready $(TEXT_READY)  ## train the runs that data/results.csv still misses (hours)
 	$(PY) data/sweep.py
 
-bench: .venv/.ready $(CORPUS)  ## measure what the local rules and the capture cost
+bench: .venv/.ready $(TEXT_READY)  ## measure what the local rules and the capture cost
 	$(PY) data/bench.py
 
-notebooks: .venv/.ready $(CORPUS)  ## execute the notebooks in place, to store new outputs (for developers)
+notebooks: .venv/.ready $(TEXT_READY)  ## execute the notebooks in place, to store new outputs (for developers)
 	$(PY) notebooks/execute.py $(NOTEBOOKS)
 
 setup: .venv/.ready  ## only create .venv, with everything installed
@@ -68,15 +68,23 @@ installed:
 	$(PY) -m pip install --disable-pip-version-check -r requirements.txt
 	$(PY) -m pip install --disable-pip-version-check --no-deps -e .
 
+# make report TEXT=my.txt, and likewise test and lab: on a text of one's own. The quotes are for paths with spaces.
+ifeq ($(origin TEXT), command line)
+export CORPUS := own_text
+PREPARE := --text "$$TEXT" --name $(CORPUS)
+else
+export CORPUS := shakespeare_char
+PREPARE := $(CORPUS)
+endif
+
 # Looked at every time, but changed only when the corpus is another one.
-$(CORPUS): .venv/.ready FORCE
+$(TEXT_READY): .venv/.ready FORCE
 	@mkdir -p $(@D)
-	@$(PY) data/prepare.py > $@.new
+	@$(PY) data/prepare.py $(PREPARE) > $@.new
 	@cat $@.new
 	@cmp -s $@.new $@ || mv $@.new $@
 
-$(SITE)/%.ipynb: notebooks/%.ipynb notebooks/exercises.py helpers.py model_local.py data/results.csv .venv/.ready $(CORPUS) \
-    $(wildcard data/*/meta.pkl)
+$(SITE)/%.ipynb: notebooks/%.ipynb notebooks/exercises.py helpers.py model_local.py data/results.csv .venv/.ready $(TEXT_READY)
 	@mkdir -p $(@D)
 	@$(PY) notebooks/execute.py $< --output-dir $(@D) > $(@:.ipynb=.time)
 	@cat $(@:.ipynb=.time)

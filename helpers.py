@@ -11,17 +11,19 @@ import dataclasses
 import functools
 import hashlib
 import inspect
-import io
 import json
 import math
 import os
 import pickle
+import pickletools
+import re
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,7 +51,7 @@ DATA = ROOT / "data"
 # 1. Data: a corpus is a folder in nanoGPT's layout (train.bin, val.bin, meta.pkl), made by data/prepare.py
 # ---------------------------------------------------------------------------------------------------------------------
 
-DEFAULT_CORPORA = ("shakespeare_char", "python_reference")  # the first that is there is used
+SHAKESPEARE_SHA256 = "56c25d4855680bb29279a84bcf28065b8053a158bede65b7f57d0c581ba81944"  # as Corpus.sha256 has it
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,17 @@ class Corpus:
     def vocab_size(self) -> int:
         return len(self.itos)
 
+    @property
+    def is_shakespeare(self) -> bool:
+        """Whether this is Tiny Shakespeare, which the report's sentences are about, whatever its folder is called."""
+        return self.sha256 == SHAKESPEARE_SHA256
+
     def encode(self, text: str) -> Tensor:
         """Token ids (T,) of ``text``; ValueError names a character that the corpus does not have."""
         unknown = sorted(set(text) - set(self.stoi))
         if unknown:
             raise ValueError(f"{unknown[0]!r} does not occur in the corpus {self.name!r}, which has no token for it")
-        return torch.tensor([self.stoi[character] for character in text])
+        return torch.tensor([self.stoi[character] for character in text], dtype=torch.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
         return "".join(self.itos[int(i)] for i in ids)
@@ -85,74 +92,74 @@ class Corpus:
         """``val_loss``, see ``evaluate``."""
         return {"val_loss": evaluate(model, self.val)}
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
+        name = "Tiny Shakespeare" if self.is_shakespeare else self.name
         size = f"{len(self.train):,} training and {len(self.val):,} validation tokens, {self.vocab_size} distinct"
-        elsewhere = "what the text between the cells says of trained models was seen on it, not on this run."
-        if self.name == "shakespeare_char":
-            return f"Corpus: Tiny Shakespeare, {size}."
-        if self.name == "python_reference":
-            return (
-                f"Corpus: the embedded default, the text of Python's language reference, {size}.\n"
-                f"Tiny Shakespeare is not here: {elsewhere}"
-            )
-        return f"Corpus: {self.name}, {size}.\nNot Tiny Shakespeare: {elsewhere}"
+        return f"Corpus: {name}, {size}."
 
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Builds containers, strings and numbers; anything that would have to be imported is refused."""
-
-    def find_class(self, module: str, name: str):
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only plain dicts, strings and numbers are read")
+    def _repr_markdown_(self) -> str:
+        if self.is_shakespeare:
+            return repr(self)
+        return f"{self}\n\n> **Not Tiny Shakespeare**: what the text says of trained models was seen on that, not here."
 
 
 def load_corpus(name: str | None = None, root: Path = DATA) -> Corpus:
-    """Open the corpus ``root/name``; without a name the first of ``DEFAULT_CORPORA`` that is there.
+    """Open the corpus ``root/name``; without a name that of the environment variable CORPUS, else Tiny Shakespeare.
 
     Raises FileNotFoundError where it is missing and ValueError where it is damaged, saying what to do.
 
-    >>> load_corpus("my_text")
+    >>> load_corpus("my_text")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
         ...
-    FileNotFoundError: no corpus 'my_text' in data/: make it with 'python data/prepare.py --text FILE --name my_text'
+    FileNotFoundError: data/my_text is missing: 'python data/prepare.py' makes Tiny Shakespeare, ...
     """
-    if name is None:
-        name = next((n for n in DEFAULT_CORPORA if (root / n / "meta.pkl").exists()), None)
-        if name is None:
-            raise FileNotFoundError(f"no corpus in {root.name}/: make one with 'python data/prepare.py'")
+    name = os.environ.get("CORPUS") or "shakespeare_char" if name is None else name
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        raise ValueError(f"{name!r} names no corpus: give the name of a folder in {root.name}/ (letters, digits, _, -)")
     folder = root / name
-    for file in ("train.bin", "val.bin", "meta.pkl"):
-        if not (folder / file).is_file():
-            what = f"no corpus {name!r} in {root.name}/" if not folder.is_dir() else f"{name}/{file} is missing"
-            raise FileNotFoundError(f"{what}: make it with 'python data/prepare.py {_prepare_arguments(name)}'")
+    make = f"'python data/prepare.py' makes Tiny Shakespeare, with '--text FILE --name {name}' a text of your own"
+    for path in (folder, folder / "train.bin", folder / "val.bin", folder / "meta.pkl"):
+        if not path.exists():
+            raise FileNotFoundError(f"{path.relative_to(root.parent)} is missing: {make}")
 
     def damaged(what: str) -> ValueError:
-        again = f"make it again with 'python data/prepare.py {_prepare_arguments(name)}'"
-        return ValueError(f"{root.name}/{name} is damaged: {what}; {again}")
+        return ValueError(f"{root.name}/{name} is damaged: {what}; {make}")
 
     try:
-        meta = _PlainUnpickler(io.BytesIO((folder / "meta.pkl").read_bytes())).load()
-        stoi, itos = dict(meta["stoi"]), dict(meta["itos"])
-        size = meta["vocab_size"]
+        characters = _characters((folder / "meta.pkl").read_bytes())
     except Exception as error:  # a hostile or broken pickle can fail in any way
         raise damaged(f"meta.pkl cannot be read ({type(error).__name__}: {error})") from error
-    if sorted(itos) != list(range(size)) or {c: i for i, c in itos.items()} != stoi or size < 2:
-        raise damaged("meta.pkl's vocab_size, stoi and itos do not belong together")
-    digest = hashlib.sha256(json.dumps([itos[i] for i in range(size)]).encode())
+    digest = hashlib.sha256(json.dumps(characters).encode())
     splits = []
     for file in ("train.bin", "val.bin"):
         n_bytes = (folder / file).stat().st_size
         if n_bytes == 0 or n_bytes % 2:
             raise damaged(f"{file} has {n_bytes} bytes, not a positive number of 2-byte tokens")
         tokens = np.memmap(folder / file, dtype="<u2", mode="r")
-        if tokens.max() >= size:
-            raise damaged(f"{file} holds the token id {tokens.max()}, and the vocabulary ends at {size - 1}")
+        if tokens.max() >= len(characters):
+            raise damaged(f"{file} holds the token id {tokens.max()}, and the vocabulary ends at {len(characters) - 1}")
         digest.update(tokens.tobytes())
         splits.append(tokens)
-    return Corpus(name, *splits, stoi, itos, digest.hexdigest())
+    if not any(tokens[1::2].any() for tokens in splits) and not all(tokens[::2].all() for tokens in splits):
+        raise damaged("every second token is 0, as in files of 4-byte ids (int32), and here an id has 2 bytes (uint16)")
+    itos = dict(enumerate(characters))
+    return Corpus(name, *splits, {c: i for i, c in itos.items()}, itos, digest.hexdigest())
 
 
-def _prepare_arguments(name: str) -> str:
-    return name if name in DEFAULT_CORPORA else f"--text FILE --name {name}"
+def _characters(pickled: bytes) -> list[str]:
+    """The vocabulary in a meta.pkl, in the order of its ids; any exception where it is not as nanoGPT writes it."""
+    # Dicts, strings and integers alone: nothing that imports or calls, no tuple in tuples to take for ever as a key.
+    plain = {"PROTO", "FRAME", "MARK", "EMPTY_DICT", "SETITEM", "SETITEMS", "BINUNICODE", "SHORT_BINUNICODE", "STOP"}
+    plain |= {"BININT", "BININT1", "BININT2", "MEMOIZE", "BINPUT", "BINGET", "LONG_BINGET"}
+    if foreign := {opcode.name for opcode, _, _ in pickletools.genops(pickled)} - plain:
+        raise ValueError(f"it holds {', '.join(sorted(foreign))}, and only plain dicts, strings and integers are read")
+    meta = pickle.loads(pickled)
+    characters = [meta["itos"][i] for i in range(len(meta["itos"]))]
+    itos = dict(enumerate(characters))
+    expected = {"vocab_size": len(itos), "itos": itos, "stoi": {c: i for i, c in itos.items()}}
+    if {key: meta[key] for key in expected} != expected or len(itos) < 2 or any(len(c) != 1 for c in characters):
+        raise ValueError("vocab_size, stoi and itos do not belong together, or are not of two or more characters")
+    return characters
 
 
 def get_batch(
@@ -179,7 +186,7 @@ def get_batch(
 def _windows(tokens: np.ndarray, starts: np.ndarray, block_size: int, device: str) -> tuple[Tensor, Tensor]:
     """The windows that begin at ``starts`` (B, 1), in one gather from the file."""
     window = torch.from_numpy(tokens[starts + np.arange(block_size + 1)].astype(np.int64)).to(device)
-    return window[:, :-1], window[:, 1:]
+    return window[:, :-1].contiguous(), window[:, 1:].contiguous()  # nanoGPT's model asks for views of the targets
 
 
 def ngram_losses(corpus: Corpus) -> dict[str, float]:
@@ -889,6 +896,44 @@ def harm_table(results: pd.DataFrame) -> pd.DataFrame:
             names = ["accuracy", "cos_scores", "cos_q", "cos_k", "row_sum", "common_mode", "q_norm", "k_norm"]
             rows.append(row | part[names].mean().to_dict())
     return pd.DataFrame(rows)
+
+
+# A number as prose has it: 0.43, -0.22, 1,003,854, 10^{-3}, 3\cdot10^{-5}; not 1/4, H100 or x_1.
+NUMBER = re.compile(
+    r"(?<![\w.^/])(?<!\d,)-?(?:[\d.]+\\cdot)?(?:10\^\{?-?\d+\}?|\d+(?:,\d{3})*(?:\.\d+)?)(?![\w/]|\.\d)"
+)
+
+
+def claim(sentence: str, *values: float | bool, within: float | None = None, corpus: Corpus | None = None) -> None:
+    """Hold a sentence of the text against what was computed; AssertionError says what in it is not so.
+
+    The numbers in ``sentence``, in order, must be the ``values``: to the digits printed, or to ``within`` where trained
+    runs differ from machine to machine. A value that is True or False stands for no number, but for what the words say.
+    With a ``corpus`` that is not Tiny Shakespeare nothing is claimed: give it where the sentence is about that text.
+    notebooks/tests/test_prose.py makes sure that the text has the sentence, and no result that is in no sentence here.
+
+    >>> claim("harm stays below 0.25: 0.05 [0.04, 0.06]", 0.25, 0.0512, 0.0433, 0.0589, 0.0589 < 0.25)
+    >>> claim("harm is 0.07 on 656 runs", 0.0512, 656)
+    Traceback (most recent call last):
+        ...
+    AssertionError: 0.07 should be 0.0512 in: harm is 0.07 on 656 runs
+    """
+    if corpus is not None and not corpus.is_shakespeare:
+        return
+
+    def hold(so: bool, otherwise: str) -> None:
+        if not so:
+            raise AssertionError(f"{otherwise} in: {sentence}")
+
+    written = [re.sub(r"[,{}]", "", n).replace(r"\cdot10^", "e").replace("10^", "1e") for n in NUMBER.findall(sentence)]
+    truths = [value for value in values if isinstance(value, (bool, np.bool_))]
+    values = [value for value in values if not isinstance(value, (bool, np.bool_))]
+    hold(len(written) == len(values), f"{len(values)} numbers given, and {len(written)}")
+    hold(truths or values, "nothing given that could support what is said")
+    hold(all(truths), "what is said does not hold")
+    for number, value in zip(map(Decimal, written), values, strict=True):
+        reach = 0.5 * 10.0 ** number.as_tuple().exponent if within is None else within  # half of the last digit
+        hold(abs(value - float(number)) <= reach * (1 + 1e-9), f"{number:f} should be {value:.6g}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
