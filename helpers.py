@@ -7,12 +7,10 @@ in ``model_local``; nothing here knows which rule is at work.
 from __future__ import annotations
 
 import ast
-import base64
 import dataclasses
 import functools
 import hashlib
 import inspect
-import io
 import json
 import math
 import os
@@ -25,7 +23,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from html import escape
+from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,9 +32,9 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
-from IPython.display import display
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm, Normalize, SymLogNorm
+from matplotlib.colors import Normalize, SymLogNorm
+from matplotlib_inline.config import InlineBackend
 from scipy.stats import t as student_t
 from torch import Tensor
 from torch.nn import functional as F
@@ -900,6 +898,44 @@ def harm_table(results: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+# A number as prose has it: 0.43, -0.22, 1,003,854, 10^{-3}, 3\cdot10^{-5}; not 1/4, H100 or x_1.
+NUMBER = re.compile(
+    r"(?<![\w.^/])(?<!\d,)-?(?:[\d.]+\\cdot)?(?:10\^\{?-?\d+\}?|\d+(?:,\d{3})*(?:\.\d+)?)(?![\w/]|\.\d)"
+)
+
+
+def claim(sentence: str, *values: float | bool, within: float | None = None, corpus: Corpus | None = None) -> None:
+    """Hold a sentence of the text against what was computed; AssertionError says what in it is not so.
+
+    The numbers in ``sentence``, in order, must be the ``values``: to the digits printed, or to ``within`` where trained
+    runs differ from machine to machine. A value that is True or False stands for no number, but for what the words say.
+    With a ``corpus`` that is not Tiny Shakespeare nothing is claimed: give it where the sentence is about that text.
+    notebooks/tests/test_prose.py makes sure that the text has the sentence, and no result that is in no sentence here.
+
+    >>> claim("harm stays below 0.25: 0.05 [0.04, 0.06]", 0.25, 0.0512, 0.0433, 0.0589, 0.0589 < 0.25)
+    >>> claim("harm is 0.07 on 656 runs", 0.0512, 656)
+    Traceback (most recent call last):
+        ...
+    AssertionError: 0.07 should be 0.0512 in: harm is 0.07 on 656 runs
+    """
+    if corpus is not None and not corpus.is_shakespeare:
+        return
+
+    def hold(so: bool, otherwise: str) -> None:
+        if not so:
+            raise AssertionError(f"{otherwise} in: {sentence}")
+
+    written = [re.sub(r"[,{}]", "", n).replace(r"\cdot10^", "e").replace("10^", "1e") for n in NUMBER.findall(sentence)]
+    truths = [value for value in values if isinstance(value, (bool, np.bool_))]
+    values = [value for value in values if not isinstance(value, (bool, np.bool_))]
+    hold(len(written) == len(values), f"{len(values)} numbers given, and {len(written)}")
+    hold(truths or values, "nothing given that could support what is said")
+    hold(all(truths), "what is said does not hold")
+    for number, value in zip(map(Decimal, written), values, strict=True):
+        reach = 0.5 * 10.0 ** number.as_tuple().exponent if within is None else within  # half of the last digit
+        hold(abs(value - float(number)) <= reach * (1 + 1e-9), f"{number:f} should be {value:.6g}")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. Figures
 # ---------------------------------------------------------------------------------------------------------------------
@@ -920,7 +956,11 @@ SEQUENTIAL, DIVERGING = "viridis", "RdBu_r"  # energies; signed quantities, cent
 
 
 def set_style() -> None:
-    """The look of every figure in the report; called once a notebook."""
+    """The look of every figure and table in the report; called once a notebook."""
+    pd.set_option("display.max_rows", None, "display.max_columns", None)
+    inline = InlineBackend.instance()
+    inline.print_figure_kwargs = {"bbox_inches": "tight", "metadata": {"Date": None}}
+    inline.figure_formats = {"svg"}
     sns.set_theme(context="notebook", style="ticks", palette=list(COLORS.values()))
     plt.rcParams.update(
         {
@@ -932,99 +972,19 @@ def set_style() -> None:
             "axes.spines.top": False,
             "axes.spines.right": False,
             "legend.frameon": False,
+            "svg.hashsalt": "report",  # with no date in it, the same figure is the same bytes
         }
     )
 
 
-def show(number: str, alt: str, caption: str = "", data: pd.DataFrame | None = None) -> None:
-    """Display the current figure as "Figure ``number``", and close it.
-
-    ``alt`` says what is to be seen to those who cannot see it, ``caption`` how it was averaged; ``data`` are the
-    numbers behind the picture, as a table a click away. Elsewhere in the notebook, ``<a href="#figure-5-1">`` is a link
-    to Figure 5.1.
-    """
-    picture, pixels = io.BytesIO(), any(ax.images for ax in plt.gcf().axes)  # maps; all else is lines and letters
-    if pixels:
-        form = {"format": "webp", "dpi": 160, "pil_kwargs": {"lossless": True}}
-    else:
-        form = {"format": "svg", "metadata": {"Date": None}}
-    with plt.rc_context({"svg.hashsalt": number}):  # the same figure is the same file
-        plt.savefig(picture, bbox_inches="tight", **form)
-    plt.close()
-    mime = "image/webp" if pixels else "image/svg+xml"
-    source = f"data:{mime};base64,{base64.b64encode(picture.getvalue()).decode()}"
-    table = "" if data is None else f"<details><summary>The numbers</summary>{_html_table(data)}</details>"
-    page = (
-        f'<figure class="plot" id="figure-{number.replace(".", "-")}">'
-        f'<div tabindex="0" role="group" aria-label="Figure {number}"><img alt="{escape(alt)}" src="{source}"></div>'
-        f"<figcaption><b>Figure {number}.</b> {caption}{table}</figcaption></figure>"
-    )
-    display({"text/html": page, "text/plain": f"Figure {number}. {alt}"}, raw=True)
-
-
-def _html_table(data: pd.DataFrame) -> str:
-    """The table for a page: four digits, and a box of its own, which scrolls where the page is too narrow."""
-    html = data.to_html(float_format="{:.4g}".format, na_rep="", border=0)
-    return f'<div class="table" tabindex="0" role="group" aria-label="Table">{html}</div>'
-
-
 def printable(text: str) -> list[str]:
-    """The characters of ``text`` as tick labels, with space and newline made visible.
+    """The characters of ``text`` as labels: space and newline visible, what has no shape as Python writes it.
 
-    >>> printable("a b\\n")
-    ['a', '␣', 'b', '⏎']
+    >>> printable("a b\\n\\0\\u200b")
+    ['a', '␣', 'b', '⏎', '\\\\x00', '\\\\u200b']
     """
-    return ["␣" if c == " " else "⏎" if c == "\n" else c for c in text]
-
-
-def plot_losses(runs: Mapping[str, Run], references: Mapping[str, float], ax: Axes | None = None) -> Axes:
-    """Validation loss over training, a line a run; ``references`` (label: nats) are drawn across."""
-    ax = ax or plt.gca()
-    for label, run in runs.items():
-        loss = run.series("val_loss")
-        ax.plot(loss.index, loss, marker="o", markersize=4, label=label, color=COLORS.get(run.model.config.method))
-    for label, value in references.items():
-        ax.axhline(value, color="0.6", linewidth=1, linestyle="--")
-        place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
-        ax.annotate(f"{label} {value:.2f}", (1, value), **place, color="0.35", fontsize="small")
-    ax.set(xlabel="training step", ylabel="validation loss (nats per token)")
-    ax.legend()
-    return ax
-
-
-def plot_head_grid(
-    table: pd.DataFrame, quantity: str, ax: Axes | None = None, limits: tuple[float, float] | None = None
-) -> Axes:
-    """Layer x head heatmap of one column of ``energy_table``, layers down and heads across; undefined heads stay blank.
-
-    Signed quantities (their range crosses zero) get a diverging map centred on zero, others a sequential one.
-    """
-    grid = table.pivot(index="layer", columns="head", values=quantity)
-    low, high = limits or (np.nanmin(grid.to_numpy()), np.nanmax(grid.to_numpy()))
-    if low < 0:
-        extent = max(-low, high)
-        style = {"cmap": DIVERGING, "vmin": -extent, "vmax": extent}
-    else:
-        style = {"cmap": SEQUENTIAL, "vmin": low, "vmax": high}
-    ax = sns.heatmap(grid, annot=True, fmt=".2f", square=True, linewidths=1, cbar=False, ax=ax or plt.gca(), **style)
-    ax.tick_params(length=0)
-    return ax
-
-
-def plot_head_intervals(table: pd.DataFrame, quantities: Mapping[str, str], ax: Axes | None = None) -> Axes:
-    """A point with its 95 % interval for every head; ``quantities`` maps columns of ``energy_table`` to ``COLORS``."""
-    ax = ax or plt.gca()
-    position = np.arange(len(table))
-    for i, (quantity, color) in enumerate(quantities.items()):
-        shift = 0.18 * (i - (len(quantities) - 1) / 2)
-        error = [table[quantity] - table[f"{quantity}_lo"], table[f"{quantity}_hi"] - table[quantity]]
-        style = {"fmt": "os^"[i], "markersize": 4, "linewidth": 1.5, "color": COLORS[color], "label": quantity}
-        ax.errorbar(position + shift, table[quantity], yerr=np.clip(error, 0, None), **style)
-    ax.set_xticks(position, [f"{layer}.{head}" for layer, head in zip(table["layer"], table["head"], strict=True)])
-    ax.tick_params(axis="x", labelsize="small")
-    ax.set_xlabel("layer.head")
-    ax.legend()
-    return ax
+    shapes = {" ": "␣", "\n": "⏎"}
+    return [shapes.get(c, c if c.isprintable() else c.encode("unicode_escape").decode()) for c in text]
 
 
 def plot_head_map(
@@ -1036,56 +996,27 @@ def plot_head_map(
 ) -> Axes:
     """One (query, key) map (T, T), queries down and keys across; keys that a query may not see stay blank.
 
-    ``text`` (T characters) labels both axes; without it the axes count positions.
+    ``text`` (T characters) labels both axes; without it the axes count positions. Raises ValueError on other shapes.
     """
     ax = ax or plt.gca()
     T = len(values)
+    if values.shape != (T, T) or T == 0 or len(text or values) != T:
+        labels = "no text" if text is None else f"a text of {len(text)} characters"
+        raise ValueError(f"a map is (T, T) and its text has T characters; here are {tuple(values.shape)} and {labels}")
     shown = np.ma.masked_where(~np.tri(T, dtype=bool), values.cpu().numpy())
     ax.imshow(shown, cmap=cmap, norm=norm, interpolation="none")
-    if text is None:
-        ticks = range(0, T, max(1, T // 4))
-        ax.set_xticks(ticks)
-        ax.set_yticks(ticks)
-    else:
-        ax.set_xticks(range(T), printable(text))
-        ax.set_yticks(range(T), printable(text))
+    ticks, labels = (range(0, T, max(1, T // 4)), None) if text is None else (range(T), printable(text))
+    ax.set_xticks(ticks, labels)
+    ax.set_yticks(ticks, labels)
+    if text is not None:
         ax.tick_params(labelsize=9, length=0)
         ax.set(xlabel="key", ylabel="query")
     return ax
 
 
-def plot_head_maps(
-    maps: Tensor, label: str, axes: np.ndarray | None = None, norm: Normalize | None = None, cmap: str = SEQUENTIAL
-) -> np.ndarray:
-    """All heads' maps (L, H, T, T) as a grid, layers down and heads across, with one scale and one colour bar.
-
-    ``label`` names the quantity and its unit; ``norm`` is the scale, from 0 to the largest value if not given.
-    """
-    L, H = maps.shape[:2]
-    if axes is None:
-        _, axes = plt.subplots(L, H, figsize=(2 * H + 1, 2 * L + 0.4), sharex=True, sharey=True, squeeze=False)
-    norm = norm or Normalize(0, maps.max().item())
-    for layer in range(L):
-        for head in range(H):
-            ax = plot_head_map(maps[layer, head], ax=axes[layer, head], norm=norm, cmap=cmap)
-            ax.set_title(f"{layer}.{head}", fontsize="small", loc="center")
-    for ax in axes[-1]:
-        ax.set_xlabel("key")
-    for ax in axes[:, 0]:
-        ax.set_ylabel("query")
-    axes[0, 0].figure.colorbar(plt.cm.ScalarMappable(norm=norm, cmap=cmap), ax=axes, label=label, shrink=0.6)
-    return axes
-
-
-def energy_scale(maps: Tensor, decades: float = 3) -> LogNorm:
-    """A logarithmic scale for energies that ends ``decades`` powers of ten below the largest; clipped there."""
-    high = maps.max().item()
-    return LogNorm(high / 10**decades, high, clip=True)
-
-
 def signed_scale(maps: Tensor, linear: float = 0.01) -> SymLogNorm:
     """A scale for signed values, centred on zero: logarithmic beyond the fraction ``linear`` of the largest size."""
-    high = maps.abs().max().item()
+    high = torch.where(maps.isfinite(), maps.abs(), 0).max().item() or 1.0  # maps of zeros have a scale, too
     return SymLogNorm(linear * high, vmin=-high, vmax=high)
 
 
@@ -1093,9 +1024,11 @@ def plot_harm(table: pd.DataFrame) -> np.ndarray:
     """Harm of every rule (rows of ``harm_table``) with its interval and the two bounds of the verdict.
 
     A panel a group, one below the other, in a figure of their own, and an array of their axes; groups and rules without
-    a verdict are left out.
+    a verdict are left out. Raises ValueError where that leaves none.
     """
     shown = table[~table["rule"].isin(["full", "none"]) & table["harm"].notna()]
+    if shown.empty:
+        raise ValueError("no rule in this table has a harm to draw: it needs test runs of a rule, of full and of none")
     groups = list(shown.groupby(GROUP, sort=False))
     heights = [len(part) + 1.2 for _, part in groups]
     size = (9, 0.27 * sum(heights) + 0.8)
