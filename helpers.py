@@ -511,50 +511,51 @@ def _code_fingerprint(*sources: str) -> str:
 
 
 class CapturedAttention:
-    """One attention layer in its last forward and backward pass: scores, attn, grad = dL/dA, each (B, H, T, T).
+    """One attention layer in one forward pass and its backward pass: scores, attn, grad = dL/dA, each (B, H, T, T).
 
-    Reading what was not captured raises RuntimeError with the reason.
+    It is the pass whose gradient arrived last, or that of a later forward pass; never parts of two. Reading what was
+    not captured raises RuntimeError with the reason.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._scores: Tensor | None = None
-        self._attn: Tensor | None = None
-        self._grad: Tensor | None = None
+        self._maps: tuple[Tensor, Tensor, Tensor | None] | None = None
         self._why_no_grad = ""
 
     @property
     def scores(self) -> Tensor:
         """Masked scores: ``-inf`` where the query may not see the key."""
-        return self._or_fail(self._scores)
+        return self._seen()[0]
 
     @property
     def attn(self) -> Tensor:
-        return self._or_fail(self._attn)
+        return self._seen()[1]
 
     @property
     def grad(self) -> Tensor:
-        self._or_fail(self._attn)
-        if self._grad is None:
+        grad = self._seen()[2]
+        if grad is None:
             raise RuntimeError(f"no gradient reached the attention weights of {self.name!r}: {self._why_no_grad}")
-        return self._grad
+        return grad
 
-    def _or_fail(self, value: Tensor | None) -> Tensor:
-        if value is None:
-            raise RuntimeError(f"{self.name!r} saw no forward pass: run the model inside the 'with' block")
-        return value
+    def _seen(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        if self._maps is None:
+            raise RuntimeError(f"{self.name!r} saw no forward pass: run the model inside the 'with' block, uncompiled")
+        return self._maps
 
     def _on_forward(self, scores: Tensor, attn: Tensor) -> RemovableHandle | None:
-        """Keep a forward pass and ask for its gradient; the gradient of an earlier pass is no longer this one's."""
-        self._scores, self._attn, self._grad = scores.detach(), attn.detach(), None
+        """Keep a forward pass, and let the gradient, whenever it arrives, bring back the pass that it belongs to."""
+        scores, weights = scores.detach(), attn.detach()
+
+        def on_backward(grad: Tensor) -> None:
+            self._maps = scores, weights, grad.detach()
+
+        self._maps = scores, weights, None
         if not attn.requires_grad:
             self._why_no_grad = "the forward pass ran under torch.no_grad(), or every parameter is frozen"
             return None
         self._why_no_grad = "call loss.backward() inside the 'with' block, on a loss that depends on this layer"
-        return attn.register_hook(self._on_backward)
-
-    def _on_backward(self, grad: Tensor) -> None:
-        self._grad = grad.detach()
+        return attn.register_hook(on_backward)
 
 
 @contextmanager
@@ -563,7 +564,8 @@ def capture_attention(model: torch.nn.Module) -> Iterator[list[CapturedAttention
 
     A layer is a module that maps scores (B, H, T, T) to attention weights of the same shape (``AttentionWeights``). The
     gradient is that of the tensor which the forward pass really uses. On leaving, also after an exception, these hooks
-    and no others are removed; what was captured stays readable. Raises ValueError on a model without such a layer.
+    and no others are removed; what was captured stays readable. Raises ValueError on a model without such a layer, and
+    on one that torch.compile has turned into a program without hooks.
 
     >>> model = LocalGPT(LocalGPTConfig(block_size=8, vocab_size=10, n_layer=2, n_head=2, n_embd=16))
     >>> idx = torch.arange(8)[None]
@@ -575,6 +577,8 @@ def capture_attention(model: torch.nn.Module) -> Iterator[list[CapturedAttention
     modules = {name: m for name, m in model.named_modules() if isinstance(m, AttentionWeights)}
     if not modules:
         raise ValueError(f"{type(model).__name__} has no AttentionWeights module: there is nothing to capture")
+    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in model.modules()):
+        raise ValueError("hooks do not run in a compiled model: capture the model as it was before torch.compile")
     layers = [CapturedAttention(name) for name in modules]
     handles: list[RemovableHandle] = []
 
@@ -600,6 +604,10 @@ def capture_batch(model: LocalGPT, x: Tensor, y: Tensor) -> list[CapturedAttenti
     with capture_attention(model) as layers:
         gradients(model, x, y)
     return layers
+
+
+ROUNDING = 0.01  # the share of |f| that rounding may account for: beyond, a head's figures are not defined
+EPS64 = 16 * np.finfo(float).eps  # of a sum of products in float64
 
 
 class SoftmaxGradient(NamedTuple):
@@ -628,6 +636,7 @@ def split_softmax_gradient(attn: Tensor, grad: Tensor) -> SoftmaxGradient:
     return SoftmaxGradient(full(attn, grad, visible), diagonal(attn, grad, visible), attn * minus_others)
 
 
+@torch.no_grad()
 def head_energy(
     attn: Tensor, grad: Tensor, visible: Tensor | None = None, n_boot: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
@@ -644,38 +653,58 @@ def head_energy(
     cos_ste_unmasked               the same with g on all keys, also masked ones: what naive code measures   [-1, 1]
     entropy                        of a row, over the log of its number of visible keys; first query left out [0, 1]
     attn_max, attn_mean            largest weight of a row (first query left out); mean over visible keys    [0, 1]
-    defined                        False where |f| is at the rounding floor: ratios and cosines are then NaN
+    defined                        False where rounding may decide: ratios and cosines are then NaN
     ============================== ========================================================================= =========
 
     Energies are summed over a sequence's (query, key) pairs, averaged over sequences, then divided: a ratio of means.
-    Cosines are taken per sequence over the flattened map, then averaged. ``*_lo`` and ``*_hi`` bound the 95 % bootstrap
-    interval over the B sequences. Sums run in float64 and no absolute epsilon enters anywhere (gradients of a mean over
-    B*T tokens are of the order 1e-5). Raises ValueError where attn is not a softmax over the visible keys.
+    Cosines are taken per sequence over the flattened map, then averaged (sequences without any gradient are left out).
+    ``*_lo`` and ``*_hi`` bound the 95 % bootstrap interval over the B sequences. Sums run in float64, rows of attn are
+    scaled to sum to 1, and no absolute epsilon enters anywhere: the scale of grad is free.
+
+    A head is ``defined`` where the rounding of attn and grad, to the precision in which they were made, moves f by no
+    more than ``ROUNDING`` = 1 % of |f|: ratios are then right to 2 %, cosines to 0.01, and NaN as well where a single
+    sequence fails this. That precision is the coarsest that the types, the values (half precision holds them without
+    loss) and the row sums of attn tell. Raises ValueError where attn is not a softmax over the visible keys, and on
+    values that are not finite.
 
     >>> a = torch.tensor([[1.0, 0.0], [0.5, 0.5]]).double()[None, None]
     >>> row = head_energy(a, torch.tensor([[1.0, 0.0], [1.0, -1.0]]).double()[None, None]).iloc[0]
     >>> row[["r_diag", "r_offdiag", "r_cross", "cos_diag"]].map(float).tolist()
     [0.25, 0.25, 0.5, 1.0]
     """
-    visible = _check_attention(attn, grad, visible)
+    visible, off = _check_attention(attn, grad, visible)
+    if n_boot < 1:
+        raise ValueError(f"n_boot={n_boot}: an interval needs resamples, a thousand or so")
     n_visible = visible.sum(-1)
     several = n_visible > 1  # a query with a single key has a = 1 and J = 0: it carries nothing
-    row_entropy = torch.special.entr(attn).sum(-1, dtype=torch.float64)[..., several]  # (B, H, queries)
+    B, H, T, _ = attn.shape
+    size = grad.abs().amax((0, 2, 3)).double()[:, None, None]  # divided by it, squares neither overflow nor vanish
+    size[size == 0] = 1
+
+    # one sequence at a time: its maps stay in the processor's cache, which is three times faster than the whole batch
+    products, entropy = [], []
+    for a, g in zip(attn, grad, strict=True):
+        a = a.double() / a.sum(-1, keepdim=True, dtype=torch.float64)
+        products.append(_inner_products(a, g.double() / size, visible))
+        entropy.append((torch.special.entr(a).sum(-1)[:, several] / n_visible[several].double().log()).mean(-1))
+    ff, dd, oo, do, df, ee, ef, gg, gf = torch.stack(products).unbind(-1)  # (B, H) each
     shapes = {
-        "entropy": (row_entropy / n_visible[several].double().log()).mean(-1),
+        "entropy": torch.stack(entropy),
         "attn_max": attn.amax(-1)[..., several].double().mean(-1),
         "attn_mean": attn.sum((-2, -1), dtype=torch.float64) / visible.sum(),
     }
 
-    # one sequence at a time: its maps stay in the processor's cache, which is three times faster than the whole batch
-    products = torch.stack([_inner_products(a.double(), g.double(), visible) for a, g in zip(attn, grad, strict=True)])
-    ff, dd, oo, do, df, ee, ef, gg, gf, terms = products.unbind(-1)  # (B, H) each
-    floor = (4 * torch.finfo(attn.dtype).eps) ** 2 * terms
+    # What rounding makes of f = J g: relative errors u of g give u^2 sum_k |J's column k|^2 g_k^2 <= 2 u^2 |d|^2, those
+    # of a, whose rows sum to 1, 2 u^2 |f|^2. Near zero errors are absolute, a format's step. float64 adds its own.
+    (u_a, step_a), (u_g, step_g) = _precision(attn), _precision(grad)
+    u = max(off, u_a, u_g)  # rounding moves a sum of 1 by its relative error at the most
+    noise = 2 * u**2 * (dd + ff) + (step_a**2 + EPS64**2) * ee + T * (step_g / size[:, 0, 0]) ** 2
+    floor = noise / ROUNDING**2
     pairs = {"cos_diag": (df, dd), "cos_ste": (ef, ee), "cos_ste_unmasked": (gf, gg)}
     cosines = {name: torch.where(ff > floor, xf / (xx * ff).sqrt(), torch.nan) for name, (xf, xx) in pairs.items()}
+    unknown = ((gg > 0) & (ff <= floor)).any(0).cpu().numpy()  # a mean over the other sequences is that of a selection
 
     # row 0 weighs every sequence once, the others are bootstrap resamples of the sequences
-    B = attn.shape[0]
     counts = np.random.default_rng(seed).multinomial(B, np.full(B, 1 / B), size=n_boot)
     weights = np.vstack([np.ones((1, B)), counts])
 
@@ -686,12 +715,13 @@ def head_energy(
         with np.errstate(invalid="ignore"):  # a resample without a defined sequence has no mean
             return weights @ np.where(known, values, 0) / (weights @ known)
 
-    energy = mean(ff)
-    energy[:, energy[0] <= mean(floor)[0]] = np.nan
+    energy, floor = mean(ff), mean(floor)
+    energy[energy <= floor] = np.nan
     draws = {"r_diag": mean(dd) / energy, "r_offdiag": mean(oo) / energy, "r_cross": 2 * mean(do) / energy}
     draws["one_minus_r_diag"] = 1 - draws["r_diag"]
-    draws |= {name: mean(value) for name, value in (cosines | shapes).items()}
-    columns = {"head": range(attn.shape[1]), "defined": np.isfinite(energy[0])}
+    draws |= {name: np.where(unknown, np.nan, mean(cosine)) for name, cosine in cosines.items()}
+    draws |= {name: mean(value) for name, value in shapes.items()}
+    columns = {"head": range(H), "defined": np.isfinite(energy[0])}
     for name, draw in draws.items():
         columns[name] = draw[0]
         columns[f"{name}_lo"], columns[f"{name}_hi"] = np.quantile(draw[1:], [0.025, 0.975], axis=0)
@@ -699,41 +729,57 @@ def head_energy(
 
 
 def _inner_products(a: Tensor, g: Tensor, visible: Tensor) -> Tensor:
-    """The inner products that ``head_energy`` needs, of one sequence's maps (H, T, T), summed over the map: (H, 10)."""
+    """The inner products that ``head_energy`` needs, of one sequence's maps (H, T, T), summed over the map: (H, 9)."""
     f, d, o = split_softmax_gradient(a, g)
     e = ste(a, g, visible)
-    # f is a difference of two terms, a g and a b: what rounding leaves of them where they cancel hangs on their size
-    weighted = a * g
-    terms = a * weighted.sum(-1, keepdim=True)
     pairs = ((f, f), (d, d), (o, o), (d, o), (d, f), (e, e), (e, f), (g, g), (g, f))
-    products = [torch.linalg.vecdot(x.flatten(1), y.flatten(1)) for x, y in pairs]
-    size = [torch.linalg.vecdot(x.flatten(1), x.flatten(1)) for x in (weighted, terms)]
-    return torch.stack([*products, sum(size)], dim=-1)
+    return torch.stack([torch.linalg.vecdot(x.flatten(1), y.flatten(1)) for x, y in pairs], dim=-1)
 
 
-def _check_attention(attn: Tensor, grad: Tensor, visible: Tensor | None) -> Tensor:
-    """Refuse what is no softmax attention; return the boolean map of visible keys (T, T)."""
-    if attn.dim() != 4 or attn.shape[-1] != attn.shape[-2] or attn.shape != grad.shape:
+def _precision(values: Tensor) -> tuple[float, float]:
+    """The precision in which ``values`` were made: relative rounding error, and the smallest step near zero.
+
+    That of the coarsest formats which hold all of them exactly: a float32 now may have been made in half precision.
+    """
+    # the last query first: it is nearly always enough to exclude a format
+    holds = [torch.finfo(values.dtype)]
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        if all((part.to(dtype) == part).all() for part in (values[:, :, -1], values)):
+            holds.append(torch.finfo(dtype))
+    return max(made.eps / 2 for made in holds), max(made.smallest_normal * made.eps for made in holds)
+
+
+def _check_attention(attn: Tensor, grad: Tensor, visible: Tensor | None) -> tuple[Tensor, float]:
+    """Refuse what is no softmax attention; return the boolean map of visible keys and the largest |row sum - 1|."""
+    if attn.dim() != 4 or attn.shape[-1] != attn.shape[-2] or attn.shape != grad.shape or not attn.numel():
         shapes = f"{tuple(attn.shape)} and {tuple(grad.shape)}"
-        raise ValueError(f"expected attn and grad of one shape (B, H, T, T), got {shapes}")
+        raise ValueError(f"expected attn and grad of one shape (B, H, T, T), none of them 0, got {shapes}")
+    if not (attn.is_floating_point() and grad.is_floating_point()):
+        raise ValueError(f"expected floating-point numbers, got attn {attn.dtype} and grad {grad.dtype}")
     if visible is None:
         visible = torch.ones(attn.shape[-2:], dtype=torch.bool, device=attn.device).tril()
+    if visible.dtype != torch.bool or visible.shape != attn.shape[-2:]:
+        raise ValueError(f"visible is {visible.dtype} {tuple(visible.shape)}: expected a boolean map (T, T)")
+    off = (attn.sum(-1, dtype=torch.float64) - 1).abs().amax().item()
+    if not (attn.amin() >= 0 and off <= max(1e-3, 2 * _precision(attn)[0])):  # written so that NaN fails too
+        raise ValueError("the rows of attn are not weights that sum to 1: the split is that of a softmax")
     if attn.amax((0, 1))[~visible].any():
         raise ValueError("attn is not zero on masked keys: pass the map of visible keys that the model used")
-    if not ((attn.sum(-1) - 1).abs().amax() < 1e-3):  # written so that NaN fails too
-        raise ValueError("the rows of attn do not sum to 1: the split is that of a softmax")
-    if not grad.sum().isfinite():
+    if not grad.isfinite().all():
         raise ValueError("grad holds values that are not finite")
-    return visible
+    return visible, off
 
 
 def energy_table(layers: Iterable[CapturedAttention]) -> pd.DataFrame:
     """``head_energy`` of all captured layers (of equal shape), one row a (layer, head)."""
     layers = list(layers)
+    if not layers:
+        raise ValueError("no layer was given: a table needs one or more")
     table = head_energy(torch.cat([layer.attn for layer in layers], 1), torch.cat([layer.grad for layer in layers], 1))
-    n_head = len(table) // len(layers)
-    table.insert(0, "layer", table["head"] // n_head)
-    return table.assign(head=table["head"] % n_head)
+    places = [(i, head) for i, layer in enumerate(layers) for head in range(layer.attn.shape[1])]
+    table["head"] = [head for _, head in places]
+    table.insert(0, "layer", [i for i, _ in places])
+    return table
 
 
 # ---------------------------------------------------------------------------------------------------------------------
