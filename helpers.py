@@ -7,34 +7,45 @@ in ``model_local``; nothing here knows which rule is at work.
 from __future__ import annotations
 
 import ast
-import base64
+import csv
 import dataclasses
+import dis
+import errno
 import functools
 import hashlib
 import inspect
 import io
 import json
+import linecache
 import math
 import os
 import pickle
-import tempfile
+import pickletools
+import re
+import shutil
+import sys
+import sysconfig
 import time
+import uuid
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from html import escape
+from decimal import Decimal
+from numbers import Real
 from pathlib import Path
-from typing import NamedTuple
+from types import CodeType, FunctionType, ModuleType
+from typing import BinaryIO, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
-from IPython.display import display
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm, Normalize, SymLogNorm
+from matplotlib.colors import Normalize, SymLogNorm
+from matplotlib_inline.config import InlineBackend
 from scipy.stats import t as student_t
 from torch import Tensor
 from torch.nn import functional as F
@@ -42,7 +53,17 @@ from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 import model_local
-from model_local import SOFTMAX_BACKWARD, AttentionWeights, LocalGPT, LocalGPTConfig, diagonal, full, ste
+from model_local import (
+    ATTN_MODES,
+    METHODS,
+    SOFTMAX_BACKWARD,
+    AttentionWeights,
+    LocalGPT,
+    LocalGPTConfig,
+    diagonal,
+    full,
+    ste,
+)
 
 ROOT = Path(__file__).resolve().parent
 DATA = ROOT / "data"
@@ -51,7 +72,7 @@ DATA = ROOT / "data"
 # 1. Data: a corpus is a folder in nanoGPT's layout (train.bin, val.bin, meta.pkl), made by data/prepare.py
 # ---------------------------------------------------------------------------------------------------------------------
 
-DEFAULT_CORPORA = ("shakespeare_char", "python_reference")  # the first that is there is used
+SHAKESPEARE_SHA256 = "56c25d4855680bb29279a84bcf28065b8053a158bede65b7f57d0c581ba81944"  # as Corpus.sha256 has it
 
 
 @dataclass(frozen=True)
@@ -69,12 +90,17 @@ class Corpus:
     def vocab_size(self) -> int:
         return len(self.itos)
 
+    @property
+    def is_shakespeare(self) -> bool:
+        """Whether this is Tiny Shakespeare, which the report's sentences are about, whatever its folder is called."""
+        return self.sha256 == SHAKESPEARE_SHA256
+
     def encode(self, text: str) -> Tensor:
         """Token ids (T,) of ``text``; ValueError names a character that the corpus does not have."""
         unknown = sorted(set(text) - set(self.stoi))
         if unknown:
             raise ValueError(f"{unknown[0]!r} does not occur in the corpus {self.name!r}, which has no token for it")
-        return torch.tensor([self.stoi[character] for character in text])
+        return torch.tensor([self.stoi[character] for character in text], dtype=torch.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
         return "".join(self.itos[int(i)] for i in ids)
@@ -87,74 +113,74 @@ class Corpus:
         """``val_loss``, see ``evaluate``."""
         return {"val_loss": evaluate(model, self.val)}
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
+        name = "Tiny Shakespeare" if self.is_shakespeare else self.name
         size = f"{len(self.train):,} training and {len(self.val):,} validation tokens, {self.vocab_size} distinct"
-        elsewhere = "what the text between the cells says of trained models was seen on it, not on this run."
-        if self.name == "shakespeare_char":
-            return f"Corpus: Tiny Shakespeare, {size}."
-        if self.name == "python_reference":
-            return (
-                f"Corpus: the embedded default, the text of Python's language reference, {size}.\n"
-                f"Tiny Shakespeare is not here: {elsewhere}"
-            )
-        return f"Corpus: {self.name}, {size}.\nNot Tiny Shakespeare: {elsewhere}"
+        return f"Corpus: {name}, {size}."
 
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Builds containers, strings and numbers; anything that would have to be imported is refused."""
-
-    def find_class(self, module: str, name: str):
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only plain dicts, strings and numbers are read")
+    def _repr_markdown_(self) -> str:
+        if self.is_shakespeare:
+            return repr(self)
+        return f"{self}\n\n> **Not Tiny Shakespeare**: what the text says of trained models was seen on that, not here."
 
 
 def load_corpus(name: str | None = None, root: Path = DATA) -> Corpus:
-    """Open the corpus ``root/name``; without a name the first of ``DEFAULT_CORPORA`` that is there.
+    """Open the corpus ``root/name``; without a name that of the environment variable CORPUS, else Tiny Shakespeare.
 
     Raises FileNotFoundError where it is missing and ValueError where it is damaged, saying what to do.
 
-    >>> load_corpus("my_text")
+    >>> load_corpus("my_text")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
         ...
-    FileNotFoundError: no corpus 'my_text' in data/: make it with 'python data/prepare.py --text FILE --name my_text'
+    FileNotFoundError: data/my_text is missing: 'python data/prepare.py' makes Tiny Shakespeare, ...
     """
-    if name is None:
-        name = next((n for n in DEFAULT_CORPORA if (root / n / "meta.pkl").exists()), None)
-        if name is None:
-            raise FileNotFoundError(f"no corpus in {root.name}/: make one with 'python data/prepare.py'")
+    name = os.environ.get("CORPUS") or "shakespeare_char" if name is None else name
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        raise ValueError(f"{name!r} names no corpus: give the name of a folder in {root.name}/ (letters, digits, _, -)")
     folder = root / name
-    for file in ("train.bin", "val.bin", "meta.pkl"):
-        if not (folder / file).is_file():
-            what = f"no corpus {name!r} in {root.name}/" if not folder.is_dir() else f"{name}/{file} is missing"
-            raise FileNotFoundError(f"{what}: make it with 'python data/prepare.py {_prepare_arguments(name)}'")
+    make = f"'python data/prepare.py' makes Tiny Shakespeare, with '--text FILE --name {name}' a text of your own"
+    for path in (folder, folder / "train.bin", folder / "val.bin", folder / "meta.pkl"):
+        if not path.exists():
+            raise FileNotFoundError(f"{path.relative_to(root.parent)} is missing: {make}")
 
     def damaged(what: str) -> ValueError:
-        again = f"make it again with 'python data/prepare.py {_prepare_arguments(name)}'"
-        return ValueError(f"{root.name}/{name} is damaged: {what}; {again}")
+        return ValueError(f"{root.name}/{name} is damaged: {what}; {make}")
 
     try:
-        meta = _PlainUnpickler(io.BytesIO((folder / "meta.pkl").read_bytes())).load()
-        stoi, itos = dict(meta["stoi"]), dict(meta["itos"])
-        size = meta["vocab_size"]
+        characters = _characters((folder / "meta.pkl").read_bytes())
     except Exception as error:  # a hostile or broken pickle can fail in any way
         raise damaged(f"meta.pkl cannot be read ({type(error).__name__}: {error})") from error
-    if sorted(itos) != list(range(size)) or {c: i for i, c in itos.items()} != stoi or size < 2:
-        raise damaged("meta.pkl's vocab_size, stoi and itos do not belong together")
-    digest = hashlib.sha256(json.dumps([itos[i] for i in range(size)]).encode())
+    digest = hashlib.sha256(json.dumps(characters).encode())
     splits = []
     for file in ("train.bin", "val.bin"):
         n_bytes = (folder / file).stat().st_size
         if n_bytes == 0 or n_bytes % 2:
             raise damaged(f"{file} has {n_bytes} bytes, not a positive number of 2-byte tokens")
         tokens = np.memmap(folder / file, dtype="<u2", mode="r")
-        if tokens.max() >= size:
-            raise damaged(f"{file} holds the token id {tokens.max()}, and the vocabulary ends at {size - 1}")
+        if tokens.max() >= len(characters):
+            raise damaged(f"{file} holds the token id {tokens.max()}, and the vocabulary ends at {len(characters) - 1}")
         digest.update(tokens.tobytes())
         splits.append(tokens)
-    return Corpus(name, *splits, stoi, itos, digest.hexdigest())
+    if not any(tokens[1::2].any() for tokens in splits) and not all(tokens[::2].all() for tokens in splits):
+        raise damaged("every second token is 0, as in files of 4-byte ids (int32), and here an id has 2 bytes (uint16)")
+    itos = dict(enumerate(characters))
+    return Corpus(name, *splits, {c: i for i, c in itos.items()}, itos, digest.hexdigest())
 
 
-def _prepare_arguments(name: str) -> str:
-    return name if name in DEFAULT_CORPORA else f"--text FILE --name {name}"
+def _characters(pickled: bytes) -> list[str]:
+    """The vocabulary in a meta.pkl, in the order of its ids; any exception where it is not as nanoGPT writes it."""
+    # Dicts, strings and integers alone: nothing that imports or calls, no tuple in tuples to take for ever as a key.
+    plain = {"PROTO", "FRAME", "MARK", "EMPTY_DICT", "SETITEM", "SETITEMS", "BINUNICODE", "SHORT_BINUNICODE", "STOP"}
+    plain |= {"BININT", "BININT1", "BININT2", "MEMOIZE", "BINPUT", "BINGET", "LONG_BINGET"}
+    if foreign := {opcode.name for opcode, _, _ in pickletools.genops(pickled)} - plain:
+        raise ValueError(f"it holds {', '.join(sorted(foreign))}, and only plain dicts, strings and integers are read")
+    meta = pickle.loads(pickled)
+    characters = [meta["itos"][i] for i in range(len(meta["itos"]))]
+    itos = dict(enumerate(characters))
+    expected = {"vocab_size": len(itos), "itos": itos, "stoi": {c: i for i, c in itos.items()}}
+    if {key: meta[key] for key in expected} != expected or len(itos) < 2 or any(len(c) != 1 for c in characters):
+        raise ValueError("vocab_size, stoi and itos do not belong together, or are not of two or more characters")
+    return characters
 
 
 def get_batch(
@@ -181,7 +207,7 @@ def get_batch(
 def _windows(tokens: np.ndarray, starts: np.ndarray, block_size: int, device: str) -> tuple[Tensor, Tensor]:
     """The windows that begin at ``starts`` (B, 1), in one gather from the file."""
     window = torch.from_numpy(tokens[starts + np.arange(block_size + 1)].astype(np.int64)).to(device)
-    return window[:, :-1], window[:, 1:]
+    return window[:, :-1].contiguous(), window[:, 1:].contiguous()  # nanoGPT's model asks for views of the targets
 
 
 def ngram_losses(corpus: Corpus) -> dict[str, float]:
@@ -274,6 +300,148 @@ class RecallTask:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def fingerprint(*objects, without: Iterable = ()) -> str:
+    """SHA-256 of what ``objects`` do: the code of functions with all that it depends on, the content of values.
+
+    Functions are followed to their defaults, closures and the globals that they read, classes to their bases, methods
+    and attributes, dataclasses to their fields, all of these further. Comments, docstrings, layout, the words of errors
+    and how an object is displayed do not count; installed packages do by name, and what is in ``without`` not at all.
+    TypeError on anything else. (joblib.hash takes classes by name, cloudpickle's bytes change with Python's version.)
+
+    >>> step = 2
+    >>> def advance(x):
+    ...     return x + step
+    >>> before, step = fingerprint(advance), 3
+    >>> before == fingerprint(advance)
+    False
+    """
+    known = {id(value): ("left out", value) for value in without}  # with the object, so that its id stays its own
+
+    def of(value, name: str) -> str:
+        if type(value) in (type(None), bool, int, float, complex, str, bytes, type(...)):
+            return f"{type(value).__name__} {value!a}"
+        if id(value) not in known:
+            known[id(value)] = f"number {len(known)}", value  # for what is below it and comes back to it
+            try:
+                parts = list(_parts(value))
+            except (RuntimeError, TypeError, ValueError) as error:
+                advice = "use plain data, arrays, dataclasses, functions defined with def in a file or notebook cell"
+                raise TypeError(f"{name} ({type(value).__name__}) has no fingerprint: {error}; {advice}") from error
+            words = [f"{label}={of(part, f'{name}: {label}')}" for label, part in parts]
+            known[id(value)] = hashlib.sha256("; ".join(words).encode()).hexdigest(), value
+        return known[id(value)][0]
+
+    words = [of(value, getattr(value, "__name__", type(value).__name__)) for value in objects]
+    return hashlib.sha256(" ".join(words).encode()).hexdigest()
+
+
+def _parts(value) -> Iterator[tuple[str, object]]:
+    """What determines a value, as pairs of a label and a further value."""
+    kind = type(value)
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().contiguous()
+        yield f"{value.dtype} {tuple(value.shape)}", value.flatten().view(torch.uint8).numpy().tobytes()
+    elif isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:
+        yield f"{value.dtype} {value.shape}", value.tobytes()
+    elif kind in (list, tuple, set, frozenset, dict):
+        items = value.items() if kind is dict else sorted(map(fingerprint, value)) if "set" in kind.__name__ else value
+        yield from ((f"{kind.__name__} {i}", item) for i, item in enumerate(items))
+    elif kind is functools.partial:
+        yield "partial", (value.func, value.args, value.keywords)
+    elif kind is property:
+        yield "property", (value.fget, value.fset)
+    elif isinstance(value, FunctionType) and not _is_installed(value.__code__.co_filename):
+        yield "code", _definition(value.__code__.co_filename, value.__code__.co_name, value.__code__.co_firstlineno)
+        yield "defaults", (value.__defaults__, value.__kwdefaults__)
+        closure = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+        scope = value.__globals__ | {name: cell.cell_contents for name, cell in closure}
+        yield from ((name, scope.get(name)) for name in _names(value.__code__))  # None: a builtin, or not there
+    elif hasattr(value, "__wrapped__"):  # by a package's decorator, or as a class or static method
+        yield kind.__name__, value.__wrapped__
+    elif kind is ModuleType or _is_named(value):
+        module = value if kind is ModuleType else sys.modules.get(value.__module__ or "builtins")
+        home = getattr(module, "__name__", "__main__")
+        if home != "__main__" and _is_installed(getattr(module, "__file__", None)):
+            yield "installed", f"{home}.{getattr(value, '__qualname__', '')}"
+        elif isinstance(value, type):
+            yield "bases", value.__bases__
+            yield from ((name, item) for name, item in sorted(vars(value).items()) if _is_written(name, item))
+        else:
+            raise ValueError("import what is needed of it by name" if module is value else "it could be anything")
+    elif dataclasses.is_dataclass(value):
+        yield "class", kind
+        yield from ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+    else:
+        raise ValueError("it could be anything")
+
+
+def _is_named(value) -> bool:
+    """Whether it is told by where it stands, as classes and functions are, but not the bound methods of an object."""
+    bound = getattr(value, "__self__", None)
+    return hasattr(value, "__name__") and hasattr(value, "__module__") and isinstance(bound, ModuleType | type | None)
+
+
+def _is_written(name: str, item) -> bool:
+    """Whether an entry of a class does something, and is not Python's book-keeping or display."""
+    function = inspect.unwrap(item) if callable(item) or hasattr(item, "__wrapped__") else None
+    if isinstance(function, FunctionType):  # those that dataclasses generate have no file
+        return function.__code__.co_filename != "<string>" and not re.fullmatch("__(repr|str)__|_repr_.*_", name)
+    return not name.startswith("__") and (isinstance(item, property) or not inspect.isdatadescriptor(item))
+
+
+@functools.cache
+def _names(code: CodeType) -> list[str]:
+    """The names that code, and the functions inside it, take from outside."""
+    names, codes = {*code.co_freevars}, [code]
+    for inner in codes:
+        codes += [constant for constant in inner.co_consts if isinstance(constant, CodeType)]
+        for instruction in dis.get_instructions(inner):
+            if instruction.opname.startswith(("LOAD_GLOBAL", "LOAD_NAME")):
+                names.add(instruction.argval)
+            elif instruction.opname == "IMPORT_NAME":
+                raise ValueError(f"it imports {instruction.argval} inside, move that to the top")
+    return sorted(names)
+
+
+@functools.cache
+def _is_installed(filename: str | None) -> bool:
+    """Whether a file is Python's or a package's (as is what has none), and not the project's or its reader's."""
+    own = filename and not filename.startswith(("<frozen", sysconfig.get_path("stdlib")))
+    return not own or "site-packages" in filename or "dist-packages" in filename
+
+
+@functools.cache
+def _definition(filename: str, name: str, line: int) -> str:
+    """The function that stands there, in words that are the same in every version of Python."""
+    if (name, line) not in _functions(filename):
+        raise ValueError("its source is not to be found, or has changed since it was loaded")
+    return _plain(_functions(filename)[name, line])
+
+
+@functools.cache  # as they were when first asked for: the file may be edited beside a running kernel
+def _functions(filename: str) -> dict[tuple[str, int], ast.FunctionDef]:
+    nodes = ast.walk(ast.parse("".join(linecache.getlines(filename))))
+    found = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+    return {(node.name, min(n.lineno for n in (node, *node.decorator_list))): node for node in found}
+
+
+def _plain(node) -> str:
+    if isinstance(node, list):
+        return f"[{' '.join(map(_plain, node))}]"
+    if not isinstance(node, ast.AST):
+        return ascii(node)
+    fields = {name: value for name, value in ast.iter_fields(node) if value is not None and value != []}
+    if isinstance(node, ast.ClassDef | ast.FunctionDef):
+        fields["body"] = node.body[ast.get_docstring(node) is not None :]
+    if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+        fields = {"exc": node.exc.func}
+    return f"({type(node).__name__} {' '.join(f'{name}:{_plain(value)}' for name, value in fields.items())})"
+
+
+for _file in (__file__, model_local.__file__):
+    _functions(_file)
+
+
 @dataclass(frozen=True)
 class Run:
     """A finished training run.
@@ -315,99 +483,125 @@ def train(
     seed: int = 1337,
     data: Corpus | RecallTask | None = None,
     eval_every: int = 50,
-    measure: Callable[[LocalGPT, Tensor, Tensor], dict[tuple[str, str], float]] = alignment,
+    measure: Callable[[LocalGPT, Tensor, Tensor], Mapping[tuple[str, str], float]] = alignment,
     device: str = "cpu",
-    directory: Path | None = DATA / "runs",
+    directory: str | os.PathLike | None = DATA / "runs",
     progress: bool = True,
 ) -> Run:
-    """Train a LocalGPT with AdamW at a constant rate, or load the run if these very settings were trained before.
+    """Train a LocalGPT with AdamW at a constant rate, or load the run if it was trained before.
 
     ``data`` is a corpus (the default one if not given) or a task. Every ``eval_every`` steps the model is scored, and
-    a copy of it measured on one fixed batch: ``measure(model, x, y)`` returns values by (metric, part).
+    a copy of it measured on one fixed batch: ``measure(model, x, y)`` returns numbers by (metric, part).
 
-    The checkpoint's name is a hash of everything that determines the run: every argument, the data, the code of the
-    model and of this function, torch's version. It is rewritten every ``eval_every`` steps, so that an interrupted run
-    goes on where it was; without a ``directory`` nothing is written. Raises ValueError on a vocabulary that is not the
-    data's, FloatingPointError if the run diverges.
+    The checkpoint's name is a hash of all that determines the run: the arguments, the data, torch's version and the
+    code (``training_code``). It is rewritten every ``eval_every`` steps, so that an interrupted run goes on where it
+    was; without a ``directory`` nothing is written. Raises TypeError or ValueError on arguments that cannot be, also
+    on a ``measure`` whose code cannot be looked at, and FloatingPointError if the run diverges.
     """
-    data = data or load_corpus()
+    data = load_corpus() if data is None else data
+    if not isinstance(data, Corpus | RecallTask):
+        raise TypeError(f"data={data!r} is neither a corpus nor a task: write data=load_corpus() or data=RecallTask()")
     if config.vocab_size != data.vocab_size:
         raise ValueError(
             f"config.vocab_size={config.vocab_size} and the data {data.name!r} have {data.vocab_size}: "
             "write LocalGPTConfig(vocab_size=corpus.vocab_size, ...)"
         )
-    for name, value in {"steps": steps, "batch_size": batch_size, "eval_every": eval_every}.items():
-        if value < 1:
-            raise ValueError(f"{name}={value} is not a positive number")
-    rule = SOFTMAX_BACKWARD[config.softmax_backward]  # it may be the caller's own
-    rule = rule if inspect.isfunction(rule) else type(rule)
-    code = (model_local, train, get_batch, evaluate, type(data), measure, rule)
-    settings = {
-        "config": dataclasses.asdict(config),
-        "steps": steps,
-        "lr": lr,
-        "batch_size": batch_size,
-        "seed": seed,
-        "data": data.sha256,
-        "eval_every": eval_every,
-        "device": device,
-        "code": _code_fingerprint(*map(_source, code)),
-        "torch": str(torch.__version__),  # a str of its own class, which the safe loader refuses
-    }
+    settings = {"steps": steps, "batch_size": batch_size, "eval_every": eval_every, "seed": seed, "lr": lr}
+    for name, value in settings.items():  # NumPy's numbers are welcome, and 500.0 steps
+        least = {"seed": 0, "lr": math.nextafter(0, 1)}.get(name, 1)
+        number = isinstance(value, Real) and not isinstance(value, bool) and least <= value < 2**63
+        if not number or (name != "lr" and value % 1):
+            expected = "a positive number" if name == "lr" else f"a whole number from {least} up"
+            raise ValueError(f"{name}={value!r} is not {expected}")
+        settings[name] = float(value) if name == "lr" else int(value)
+    device = str(device)
+    start = settings | {"config": config, "data": data, "measure": measure, "device": device}
+    settings |= {"config": dataclasses.asdict(config), "data": data.sha256, "device": device}
+    settings["code"] = training_code(config, type(data), measure)
+    settings["torch"] = str(torch.__version__)  # a str of its own class, which the safe loader refuses
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-    path = directory and directory / f"{config.method}-{config.softmax_backward}-{key}.pt"
+    path = None
+    if directory is not None:
+        path = Path(directory) / f"{config.method}-{config.softmax_backward}-{key}.pt"
 
-    with torch.random.fork_rng(devices=[]):  # whoever calls keeps their own random numbers
-        torch.manual_seed(seed)
-        model = LocalGPT(config).to(device)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
-        batches = torch.Generator().manual_seed(seed)
-        probe = data.batch(config.block_size, batch_size, torch.Generator().manual_seed(0), device)
-        step, history, snapshots = 0, [], {}
-        saved = _load_checkpoint(path, settings) if path else None
-        if saved:
-            model.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
-            batches.set_state(saved["batches"])
-            torch.set_rng_state(saved["rng"])
-            step, history, snapshots = saved["step"], saved["history"], saved["snapshots"]
+    saved = _load_checkpoint(path, settings) if path else None
+    title = f"{config.method}/{config.softmax_backward}"
+    silence = {} if progress else {"disable": True}  # disable=False would overrule TQDM_DISABLE
+    with (
+        torch.random.fork_rng(devices=[]),  # whoever calls keeps their own random numbers
+        tqdm(total=settings["steps"], desc=title, leave=False, **silence) as bar,
+    ):
+        for model, state in _training(**start, saved=saved, bar=bar):  # noqa: B007 (the last is returned)
+            if path and state is not saved:
+                # into memory first: torch's writer does not tell a full disk from other errors
+                torch.save({"settings": settings, **state}, content := io.BytesIO())
+                save_atomically(path, lambda file, content=content: file.write(content.getbuffer()))
+    table = pd.DataFrame(state["history"], columns=["step", "metric", "part", "value"])
+    return Run(model.eval(), table, state["snapshots"])
 
-        def record(metrics: dict[str, float]) -> None:
-            values = {(metric, ""): value for metric, value in (metrics | data.score(model)).items()}
-            values |= measure(twin(model).eval(), *probe)  # of a copy: to measure must change nothing
-            history.extend((step, metric, part, value) for (metric, part), value in values.items())
-            if not path:
-                return
-            snapshots[step] = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
-            state = {"settings": settings, "step": step, "history": history, "snapshots": snapshots}
-            state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {"batches": batches.get_state(), "rng": torch.get_rng_state()}
-            save_atomically(path, lambda file: torch.save(state, file))
 
-        if step == 0 and not saved:
-            record({})
-        title = f"{config.method}/{config.softmax_backward}"
-        silence = {} if progress else {"disable": True}  # disable=False would overrule TQDM_DISABLE
-        with tqdm(total=steps, initial=step, desc=title, leave=False, **silence) as bar:
-            while step < steps:
-                losses, start = [], time.perf_counter()
-                for _ in range(min(eval_every, steps - step)):
-                    _, loss = model(*data.batch(config.block_size, batch_size, batches, device))
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-                    losses.append(loss.detach())
-                    bar.update()
-                    if len(losses) % 10 == 0:  # to look at a loss is to wait for the device
-                        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-                step += len(losses)
-                train_loss = torch.stack(losses).double().mean().item()
-                if not math.isfinite(train_loss):
-                    raise FloatingPointError(f"the loss is not a number by step {step}: try a smaller lr")
-                tokens = len(losses) * batch_size * config.block_size
-                record({"train_loss": train_loss, "tokens_per_s": tokens / (time.perf_counter() - start)})
-    table = pd.DataFrame(history, columns=["step", "metric", "part", "value"])
-    return Run(model.eval(), table, snapshots)
+def training_code(config: LocalGPTConfig, data: type, measure: Callable) -> str:
+    """The fingerprint of the code that determines a run; of methods, rules and activations only those it uses."""
+    used = [registry[getattr(config, name)] for name, registry in REGISTRIES.items()]
+    return fingerprint(_training, data, measure, *used, without=REGISTRIES.values())
+
+
+REGISTRIES = {"method": METHODS, "softmax_backward": SOFTMAX_BACKWARD, "attn_mode": ATTN_MODES}
+STATE = ("step", "history", "snapshots", "model", "optimizer", "batches", "rng")  # what a run goes on from
+
+
+def _training(
+    config, steps, lr, batch_size, seed, data, eval_every, measure, device, saved: dict | None, bar
+) -> Iterator[tuple[LocalGPT, dict]]:
+    """A run, from its start or a ``saved`` state on: model and state every ``eval_every`` steps. See ``train``."""
+    torch.manual_seed(seed)
+    model = LocalGPT(config).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
+    batches = torch.Generator().manual_seed(seed)
+    probe = data.batch(config.block_size, batch_size, torch.Generator().manual_seed(0), device)
+    step, history, snapshots = 0, [], {}
+
+    def record(metrics: dict[str, float]) -> tuple[LocalGPT, dict]:
+        values = {(metric, ""): value for metric, value in (metrics | data.score(model)).items()}
+        measured = measure(twin(model).eval(), *probe)  # of a copy: to measure must change nothing
+        try:  # plain numbers, which the safe loader reads
+            values |= {(str(metric), str(part)): float(value) for (metric, part), value in measured.items()}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise TypeError(
+                f"measure returned {measured!r}: a dict of numbers by (metric, part) was expected"
+            ) from error
+        history.extend((step, metric, part, value) for (metric, part), value in values.items())
+        snapshots[step] = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
+        parts = model.state_dict(), optimizer.state_dict(), batches.get_state(), torch.get_rng_state()
+        return model, dict(zip(STATE, (step, history, snapshots, *parts), strict=True))
+
+    if saved:
+        step, history, snapshots = saved["step"], saved["history"], saved["snapshots"]
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        batches.set_state(saved["batches"])
+        torch.set_rng_state(saved["rng"])
+        yield model, saved
+    else:
+        yield record({})
+    bar.update(step)
+    while step < steps:
+        losses, start = [], time.perf_counter()
+        for _ in range(min(eval_every, steps - step)):
+            _, loss = model(*data.batch(config.block_size, batch_size, batches, device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+            bar.update()
+            if len(losses) % 10 == 0:  # to look at a loss is to wait for the device
+                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        step += len(losses)
+        train_loss = torch.stack(losses).double().mean().item()
+        if not math.isfinite(train_loss):
+            raise FloatingPointError(f"the loss is not a number by step {step}: try a smaller lr")
+        tokens = len(losses) * batch_size * config.block_size
+        yield record({"train_loss": train_loss, "tokens_per_s": tokens / (time.perf_counter() - start)})
 
 
 @torch.no_grad()
@@ -455,16 +649,28 @@ def gradient_cosines(model: LocalGPT, reference: LocalGPT, x: Tensor, y: Tensor)
     return cosines
 
 
-def save_atomically(path: Path, write) -> None:
+PART = ".localgpt.part"  # how the names of files end that are not yet whole
+
+
+def save_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let ``write(file)`` fill a temporary neighbour of ``path``, then rename it: readers see all of it or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".part", delete=False) as file:
-        try:
+    for left in path.parent.glob(f"*{PART}"):  # by writers that were killed
+        with suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink()
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PART}")
+    try:
+        with open(part, "xb") as file:
             write(file)
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    os.replace(file.name, path)
+        if path.exists():
+            shutil.copymode(path, part)
+        os.replace(part, path)
+    except BaseException as error:
+        part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise OSError(error.errno, f"the disk is full, {path.name} stays as it was", str(path)) from error
+        raise
 
 
 def _load_checkpoint(path: Path, settings: dict) -> dict | None:
@@ -472,32 +678,19 @@ def _load_checkpoint(path: Path, settings: dict) -> dict | None:
     if not path.exists():
         return None
     try:
+        with zipfile.ZipFile(path) as archive:  # torch writes checksums, and does not look at them again
+            if archive.testzip() is not None:
+                raise ValueError("a checksum does not agree")
         saved = torch.load(path, weights_only=True)  # never unpickles code
+        if {"settings", *STATE} - set(saved):
+            raise ValueError("it lacks a part")
     except Exception as error:  # a half-written or corrupted archive can fail in any way
-        warnings.warn(f"{path.name} is damaged ({type(error).__name__}): training again", stacklevel=3)
+        warnings.warn(f"{path.name} is damaged ({type(error).__name__}: {error}): training again", stacklevel=3)
         return None
-    if saved.get("settings") != settings:
+    if saved["settings"] != settings:
         warnings.warn(f"{path.name} belongs to other settings: training again", stacklevel=3)
         return None
     return saved
-
-
-# A piece of code as it was when first asked for: the file may be edited while a notebook is at work.
-_source = functools.cache(inspect.getsource)
-
-
-def _code_fingerprint(*sources: str) -> str:
-    """A hash of what the code does: comments, docstrings and layout do not count.
-
-    >>> _code_fingerprint("x = 1  # one") == _code_fingerprint("x=1") != _code_fingerprint("x = 2")
-    True
-    """
-    trees = [ast.parse(source) for source in sources]
-    for tree in trees:
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-                node.body = node.body[1:]
-    return hashlib.sha256("".join(map(ast.dump, trees)).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -829,28 +1022,40 @@ TOLERABLE, CATASTROPHIC = 0.25, 1.0  # bounds on harm, fixed before the runs
 def harm(rule: Iterable[float], full: Iterable[float], none: Iterable[float], confidence: float = 0.95) -> Harm:
     """``(L_rule - L_full) / (L_none - L_full)`` over paired seeds: 0 for the exact pass, 1 for untrained Q and K.
 
-    rule, full, none: final validation losses, in the same order of seeds (two or more). The ratio is that of means, its
-    interval Fieller's (1954), which is exact for normal differences. The verdict is ``undecided`` where the interval
-    of ``L_none - L_full`` touches zero or lies below (that of the ratio is then unbounded), ``tolerable`` where the
-    upper end of the ratio's interval is at most 0.25, ``catastrophic`` where its lower end is at least 1, and else
-    ``costly``. A loss that is not finite (a diverged run) makes the rule catastrophic.
+    rule, full, none: final validation losses, in the same order of seeds (two or more), inf for a run that diverged.
+    The ratio is that of means, its interval Fieller's (1954), which is exact for normal differences. The verdict, in
+    this order:
+
+    ``undecided``     the interval of ``L_none - L_full`` touches zero or lies below, or one of the two diverged
+    ``catastrophic``  a run of the rule diverged, or the lower end of the ratio's interval is at least 1
+    ``tolerable``     its upper end is at most 0.25
+    ``undetermined``  it reaches from below 0.25 to above 1
+    ``costly``        otherwise
 
     >>> full, none = [2.0, 2.1, 1.9], [3.0, 3.1, 2.9]
     >>> [harm(losses, full, none).verdict for losses in ([2.05, 2.1, 2.0], [2.4, 2.6, 2.5], [3.5, 3.6, 3.4])]
     ['tolerable', 'costly', 'catastrophic']
-    >>> harm([2.0, 2.1, 2.0], full, [2.1, 2.0, 1.9]).verdict
-    'undecided'
+    >>> harm([2.0, 2.1, 2.0], full, [2.1, 2.0, 1.9]).verdict, harm([2.0, 3.1, 2.6], full, none).verdict
+    ('undecided', 'undetermined')
     """
-    rule, full, none = (np.asarray(list(losses), dtype=float) for losses in (rule, full, none))
+    losses = [np.asarray(list(values), dtype=float) for values in (rule, full, none)]
+    rule, full, none = losses
     n = len(full)
     if not len(rule) == n == len(none) or n < 2:
         raise ValueError(f"harm needs the same seeds, two or more, of each: got {len(rule)}, {n} and {len(none)}")
-    excess, scale = rule - full, none - full
+    if np.isnan(losses).any():
+        raise ValueError("a loss is NaN: leave a missing seed out of all three, and write inf where a run diverged")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence={confidence} is not a probability between 0 and 1, such as 0.95")
+    if not np.isfinite([full, none]).all():
+        return Harm(math.nan, math.nan, math.nan, "undecided")
+    scale = none - full
     t = student_t.ppf((1 + confidence) / 2, n - 1)
     if not scale.mean() > t * scale.std(ddof=1) / math.sqrt(n):
         return Harm(math.nan, math.nan, math.nan, "undecided")
     if not np.isfinite(rule).all():
         return Harm(math.inf, math.inf, math.inf, "catastrophic")
+    excess = rule - full
     # Fieller: all h for which mean(excess - h scale) is within t standard errors of zero, a quadratic in h
     (vee, ves), (_, vss) = np.cov(excess, scale) * t**2 / n
     a = scale.mean() ** 2 - vss
@@ -858,17 +1063,121 @@ def harm(rule: Iterable[float], full: Iterable[float], none: Iterable[float], co
     c = excess.mean() ** 2 - vee
     root = math.sqrt(max(b * b - a * c, 0))
     low, high = (b - root) / a, (b + root) / a
-    verdict = "tolerable" if high <= TOLERABLE else "catastrophic" if low >= CATASTROPHIC else "costly"
+    if low >= CATASTROPHIC:
+        verdict = "catastrophic"
+    elif high <= TOLERABLE:
+        verdict = "tolerable"
+    else:
+        verdict = "undetermined" if low < TOLERABLE and high > CATASTROPHIC else "costly"
     return Harm(excess.mean() / scale.mean(), low, high, verdict)
 
 
+RECALL = RecallTask()
+TASKS = {  # what is learnt, by which shape of model, for how long
+    "shakespeare": {"data": "shakespeare_char", "batch_size": 32, "steps": 500, "shape": {}},
+    "recall": {
+        "data": RECALL,
+        "batch_size": 64,
+        "steps": 3000,
+        "shape": {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": RECALL.block_size},
+    },
+}
+# the table of runs: what determines one, how it ended, what made it
+KEY = {"task": str, "method": str, "softmax_backward": str, "attn_mode": str}
+KEY |= {"feedback_scale": float, "lr": float, "steps": int, "seed": int}
+SYMPTOMS = ["accuracy", "cos_scores", "cos_q", "cos_k", "row_sum", "common_mode", "q_norm", "k_norm"]
+COLUMNS = [*KEY, "status", "val_loss", *SYMPTOMS, "curve", "data", "code", "seconds", "machine", "torch"]
+RESULTS = DATA / "results.csv"
 GROUP = ["task", "method", "attn_mode", "steps"]  # what a rule is compared within
-FIRST_TUNING_SEED = 100  # in data/results.csv: smaller seeds are tests, from here on they chose the learning rate
+FIRST_TUNING_SEED = 100  # smaller seeds are tests, from here on they chose the learning rate
 
 
-def load_results() -> pd.DataFrame:
-    """data/results.csv, the table that data/sweep.py fills in: one row a run, the tuning runs included."""
-    return pd.read_csv(DATA / "results.csv")
+def row_code(task: str, **rules: str) -> str:
+    """The fingerprint of a task and of the code by which a run under these ``REGISTRIES`` would be made now."""
+    data = TASKS[task]["data"]
+    code = training_code(LocalGPTConfig(**rules), Corpus if isinstance(data, str) else type(data), symptoms)
+    return fingerprint(code, TASKS[task])[:12]
+
+
+def made_by(results: pd.DataFrame) -> pd.Series:
+    """What made each run of the table: "this" code, "other" code, or "unknown" code (before rows named it)."""
+    made = pd.Series("unknown", index=results.index, dtype=object)
+    for (task, *rules), runs in results[results["code"] != ""].groupby(["task", *REGISTRIES]):
+        try:
+            now = row_code(task, **dict(zip(REGISTRIES, rules, strict=True)))
+        except (KeyError, ValueError):  # a task or a rule that is not here
+            now = None
+        made[runs.index] = np.where(runs["code"] == now, "this", "other")
+    return made
+
+
+def provenance(results: pd.DataFrame) -> str:
+    """A sentence on which code made the runs; to be shown wherever their numbers are.
+
+    >>> provenance(pd.DataFrame([dict.fromkeys([*KEY, "code"], "")] * 2))
+    '2 runs: 2 from before runs named their code'
+    """
+    words = {"this": "by this code", "other": "by OTHER code", "unknown": "from before runs named their code"}
+    counts = made_by(results).value_counts()
+    return f"{len(results)} runs: " + ", ".join(f"{counts[made]} {words[made]}" for made in words if made in counts)
+
+
+def load_results(path: Path = RESULTS) -> pd.DataFrame:
+    """The table that data/sweep.py fills in: one row a run, the tuning runs included.
+
+    ``status`` is ok, diverged (``val_loss`` is inf) or failed (and why; ``val_loss`` is NaN). ``code`` is the
+    fingerprint of the code that made the row, empty in rows from before there was one. Raises FileNotFoundError where
+    there is no table, and ValueError on what is none, see also ``check_results``.
+    """
+
+    def damaged(what: str) -> ValueError:
+        return ValueError(f"{path.name} is damaged: {what}; correct it, take it from git again, or delete it")
+
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}: take it from git again, or make it with 'make sweep' (hours)")
+    text = path.read_text()
+    reader = csv.DictReader(io.StringIO(text))
+    if sorted(reader.fieldnames or []) != sorted(COLUMNS):
+        odd = sorted({*COLUMNS}.symmetric_difference(reader.fieldnames or []))
+        raise damaged(f"it is empty, or its columns are not those of data/sweep.py: look for {', '.join(odd)}")
+    if not text.endswith("\n"):
+        raise damaged("its last line is cut off")
+    rows = []
+    for row in reader:
+        needed = [*KEY, "status", "data", "seconds", "machine", "torch"]
+        if None in row or None in row.values() or not all(row[name] for name in needed):
+            raise damaged(f"line {reader.line_num} has too many or too few values")
+        try:
+            row |= {name: kind(row[name]) for name, kind in KEY.items()}
+            row |= {name: float(row[name] or "nan") for name in ("val_loss", "seconds", *SYMPTOMS)}
+        except ValueError as error:
+            raise damaged(f"in line {reader.line_num}, {error}") from error
+        rows.append(row)
+    results = pd.DataFrame(rows, columns=COLUMNS).astype(KEY)
+    results["val_loss"] = results["val_loss"].astype(float).where(results["status"] != "diverged", math.inf)
+    return check_results(results)
+
+
+def check_results(results: pd.DataFrame) -> pd.DataFrame:
+    """The table as it is; ValueError names a run that is there twice, or on other data, or without what it claims."""
+
+    def refuse(wrong: pd.Series, what: str) -> None:
+        for row in results[wrong].itertuples():
+            run = ", ".join(f"{name}={getattr(row, name)}" for name in KEY)
+            raise ValueError(f"the table of results holds a run that {what}: {run}; delete that row")
+
+    refuse(results.duplicated([*KEY]), "is there twice")
+    usual = results.groupby("task")["data"].transform(lambda data: data.mode().iloc[0])
+    refuse(results["data"] != usual, "is of other data than the other runs of its task")
+    codes = results.groupby([*GROUP, "softmax_backward"])["code"]
+    refuse(codes.transform("nunique") > 1, "was not made by the same code as others of its rule")
+    failed = results["status"].str.startswith("failed")
+    refuse(~failed & ~results["status"].isin(["ok", "diverged"]), "is neither ok nor diverged nor failed")
+    expected = {"ok": np.isfinite, "diverged": np.isposinf}
+    for status, holds in expected.items():
+        refuse((results["status"] == status) & ~holds(results["val_loss"]), f"is {status} and has another loss")
+    refuse(failed & results["val_loss"].notna(), "failed and has a loss")
+    return results
 
 
 class Settings(NamedTuple):
@@ -882,15 +1191,15 @@ class Settings(NamedTuple):
 def best_settings(tuning: pd.DataFrame) -> Settings:
     """Feedback scale and learning rate of the lowest mean validation loss among runs; NaN where there are none.
 
-    A run that diverged or failed has no loss and counts as infinitely bad.
+    A run that diverged has the loss inf; where one is missing (NaN: it failed), nothing can be chosen.
 
-    >>> runs = pd.DataFrame({"feedback_scale": 1.0, "lr": [1e-3, 1e-3, 3e-3, 3e-3], "val_loss": [2.1, 2.3, 2.0, None]})
-    >>> best_settings(runs)
+    >>> losses = [2.1, 2.3, 2.0, math.inf]
+    >>> best_settings(pd.DataFrame({"feedback_scale": 1.0, "lr": [1e-3, 1e-3, 3e-3, 3e-3], "val_loss": losses}))
     Settings(feedback_scale=1.0, lr=0.001, loss=2.2)
     """
-    if tuning.empty:
+    losses = tuning.groupby(["feedback_scale", "lr"])["val_loss"].mean(skipna=False)
+    if losses.empty or losses.isna().any():
         return Settings(math.nan, math.nan, math.nan)
-    losses = tuning["val_loss"].fillna(math.inf).groupby([tuning["feedback_scale"], tuning["lr"]]).mean()
     return Settings(*map(float, losses.idxmin()), float(losses.min()))
 
 
@@ -900,13 +1209,15 @@ def harm_table(results: pd.DataFrame) -> pd.DataFrame:
     Each rule is judged by its test seeds at the learning rate that its tuning seeds chose (and the feedback scale that
     those of ``full`` chose). Losses and symptoms are means over the test seeds (``loss_sd``: standard deviation), harm
     comes with its interval. The verdict is ``missing`` where the test seeds of the rule, of ``full`` or of ``none`` are
-    not all there.
+    not all there, or a run failed. Raises ValueError on what ``check_results`` refuses.
     """
     rows = []
-    for group, runs in results.groupby(GROUP, sort=False):
+    for group, runs in check_results(results).groupby(GROUP, sort=False):
         tuning, tests = runs[runs["seed"] >= FIRST_TUNING_SEED], runs[runs["seed"] < FIRST_TUNING_SEED]
         scale = best_settings(tuning[tuning["softmax_backward"] == "full"]).feedback_scale
-        by_rule = tuning[tuning["feedback_scale"] == scale].groupby("softmax_backward", sort=False)
+        if not math.isnan(scale):
+            tuning = tuning[tuning["feedback_scale"] == scale]
+        by_rule = tuning.groupby("softmax_backward", sort=False)
         lrs = {rule: best_settings(tried).lr for rule, tried in by_rule}
         tests = tests[(tests["feedback_scale"] == scale) & (tests["lr"] == tests["softmax_backward"].map(lrs))]
         tests = {rule: tests[tests["softmax_backward"] == rule].set_index("seed").sort_index() for rule in lrs}
@@ -915,7 +1226,7 @@ def harm_table(results: pd.DataFrame) -> pd.DataFrame:
             # losses are compared seed by seed
             complete = all(other is not None and other.index.equals(part.index) for other in references)
             result = Harm(math.nan, math.nan, math.nan, "missing")
-            if complete and len(part) > 1:
+            if complete and len(part) > 1 and not any(p["val_loss"].isna().any() for p in (part, *references)):
                 result = harm(part["val_loss"], *(other["val_loss"] for other in references))
                 if rule in ("full", "none") and result.verdict != "undecided":
                     result = result._replace(verdict="reference")
@@ -924,9 +1235,46 @@ def harm_table(results: pd.DataFrame) -> pd.DataFrame:
             ends = tried["lr"].min(), tried["lr"].max()
             row |= {"lr_tried": "{:g} to {:g}".format(*ends), "lr_at_end": lrs[rule] in ends}
             row |= {"loss": part["val_loss"].mean(), "loss_sd": part["val_loss"].std(), **result._asdict()}
-            names = ["accuracy", "cos_scores", "cos_q", "cos_k", "row_sum", "common_mode", "q_norm", "k_norm"]
-            rows.append(row | part[names].mean().to_dict())
+            rows.append(row | part[SYMPTOMS].mean().to_dict())
     return pd.DataFrame(rows)
+
+
+# A number as prose has it: 0.43, -0.22, 1,003,854, 10^{-3}, 3\cdot10^{-5}; not 1/4, H100 or x_1.
+NUMBER = re.compile(
+    r"(?<![\w.^/])(?<!\d,)-?(?:[\d.]+\\cdot)?(?:10\^\{?-?\d+\}?|\d+(?:,\d{3})*(?:\.\d+)?)(?![\w/]|\.\d)"
+)
+
+
+def claim(sentence: str, *values: float | bool, within: float | None = None, corpus: Corpus | None = None) -> None:
+    """Hold a sentence of the text against what was computed; AssertionError says what in it is not so.
+
+    The numbers in ``sentence``, in order, must be the ``values``: to the digits printed, or to ``within`` where trained
+    runs differ from machine to machine. A value that is True or False stands for no number, but for what the words say.
+    With a ``corpus`` that is not Tiny Shakespeare nothing is claimed: give it where the sentence is about that text.
+    notebooks/tests/test_prose.py makes sure that the text has the sentence, and no result that is in no sentence here.
+
+    >>> claim("harm stays below 0.25: 0.05 [0.04, 0.06]", 0.25, 0.0512, 0.0433, 0.0589, 0.0589 < 0.25)
+    >>> claim("harm is 0.07 on 656 runs", 0.0512, 656)
+    Traceback (most recent call last):
+        ...
+    AssertionError: 0.07 should be 0.0512 in: harm is 0.07 on 656 runs
+    """
+    if corpus is not None and not corpus.is_shakespeare:
+        return
+
+    def hold(so: bool, otherwise: str) -> None:
+        if not so:
+            raise AssertionError(f"{otherwise} in: {sentence}")
+
+    written = [re.sub(r"[,{}]", "", n).replace(r"\cdot10^", "e").replace("10^", "1e") for n in NUMBER.findall(sentence)]
+    truths = [value for value in values if isinstance(value, (bool, np.bool_))]
+    values = [value for value in values if not isinstance(value, (bool, np.bool_))]
+    hold(len(written) == len(values), f"{len(values)} numbers given, and {len(written)}")
+    hold(truths or values, "nothing given that could support what is said")
+    hold(all(truths), "what is said does not hold")
+    for number, value in zip(map(Decimal, written), values, strict=True):
+        reach = 0.5 * 10.0 ** number.as_tuple().exponent if within is None else within  # half of the last digit
+        hold(abs(value - float(number)) <= reach * (1 + 1e-9), f"{number:f} should be {value:.6g}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -949,7 +1297,11 @@ SEQUENTIAL, DIVERGING = "viridis", "RdBu_r"  # energies; signed quantities, cent
 
 
 def set_style() -> None:
-    """The look of every figure in the report; called once a notebook."""
+    """The look of every figure and table in the report; called once a notebook."""
+    pd.set_option("display.max_rows", None, "display.max_columns", None)
+    inline = InlineBackend.instance()
+    inline.print_figure_kwargs = {"bbox_inches": "tight", "metadata": {"Date": None}}
+    inline.figure_formats = {"svg"}
     sns.set_theme(context="notebook", style="ticks", palette=list(COLORS.values()))
     plt.rcParams.update(
         {
@@ -961,99 +1313,19 @@ def set_style() -> None:
             "axes.spines.top": False,
             "axes.spines.right": False,
             "legend.frameon": False,
+            "svg.hashsalt": "report",  # with no date in it, the same figure is the same bytes
         }
     )
 
 
-def show(number: str, alt: str, caption: str = "", data: pd.DataFrame | None = None) -> None:
-    """Display the current figure as "Figure ``number``", and close it.
-
-    ``alt`` says what is to be seen to those who cannot see it, ``caption`` how it was averaged; ``data`` are the
-    numbers behind the picture, as a table a click away. Elsewhere in the notebook, ``<a href="#figure-5-1">`` is a link
-    to Figure 5.1.
-    """
-    picture, pixels = io.BytesIO(), any(ax.images for ax in plt.gcf().axes)  # maps; all else is lines and letters
-    if pixels:
-        form = {"format": "webp", "dpi": 160, "pil_kwargs": {"lossless": True}}
-    else:
-        form = {"format": "svg", "metadata": {"Date": None}}
-    with plt.rc_context({"svg.hashsalt": number}):  # the same figure is the same file
-        plt.savefig(picture, bbox_inches="tight", **form)
-    plt.close()
-    mime = "image/webp" if pixels else "image/svg+xml"
-    source = f"data:{mime};base64,{base64.b64encode(picture.getvalue()).decode()}"
-    table = "" if data is None else f"<details><summary>The numbers</summary>{_html_table(data)}</details>"
-    page = (
-        f'<figure class="plot" id="figure-{number.replace(".", "-")}">'
-        f'<div tabindex="0" role="group" aria-label="Figure {number}"><img alt="{escape(alt)}" src="{source}"></div>'
-        f"<figcaption><b>Figure {number}.</b> {caption}{table}</figcaption></figure>"
-    )
-    display({"text/html": page, "text/plain": f"Figure {number}. {alt}"}, raw=True)
-
-
-def _html_table(data: pd.DataFrame) -> str:
-    """The table for a page: four digits, and a box of its own, which scrolls where the page is too narrow."""
-    html = data.to_html(float_format="{:.4g}".format, na_rep="", border=0)
-    return f'<div class="table" tabindex="0" role="group" aria-label="Table">{html}</div>'
-
-
 def printable(text: str) -> list[str]:
-    """The characters of ``text`` as tick labels, with space and newline made visible.
+    """The characters of ``text`` as labels: space and newline visible, what has no shape as Python writes it.
 
-    >>> printable("a b\\n")
-    ['a', '␣', 'b', '⏎']
+    >>> printable("a b\\n\\0\\u200b")
+    ['a', '␣', 'b', '⏎', '\\\\x00', '\\\\u200b']
     """
-    return ["␣" if c == " " else "⏎" if c == "\n" else c for c in text]
-
-
-def plot_losses(runs: Mapping[str, Run], references: Mapping[str, float], ax: Axes | None = None) -> Axes:
-    """Validation loss over training, a line a run; ``references`` (label: nats) are drawn across."""
-    ax = ax or plt.gca()
-    for label, run in runs.items():
-        loss = run.series("val_loss")
-        ax.plot(loss.index, loss, marker="o", markersize=4, label=label, color=COLORS.get(run.model.config.method))
-    for label, value in references.items():
-        ax.axhline(value, color="0.6", linewidth=1, linestyle="--")
-        place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
-        ax.annotate(f"{label} {value:.2f}", (1, value), **place, color="0.35", fontsize="small")
-    ax.set(xlabel="training step", ylabel="validation loss (nats per token)")
-    ax.legend()
-    return ax
-
-
-def plot_head_grid(
-    table: pd.DataFrame, quantity: str, ax: Axes | None = None, limits: tuple[float, float] | None = None
-) -> Axes:
-    """Layer x head heatmap of one column of ``energy_table``, layers down and heads across; undefined heads stay blank.
-
-    Signed quantities (their range crosses zero) get a diverging map centred on zero, others a sequential one.
-    """
-    grid = table.pivot(index="layer", columns="head", values=quantity)
-    low, high = limits or (np.nanmin(grid.to_numpy()), np.nanmax(grid.to_numpy()))
-    if low < 0:
-        extent = max(-low, high)
-        style = {"cmap": DIVERGING, "vmin": -extent, "vmax": extent}
-    else:
-        style = {"cmap": SEQUENTIAL, "vmin": low, "vmax": high}
-    ax = sns.heatmap(grid, annot=True, fmt=".2f", square=True, linewidths=1, cbar=False, ax=ax or plt.gca(), **style)
-    ax.tick_params(length=0)
-    return ax
-
-
-def plot_head_intervals(table: pd.DataFrame, quantities: Mapping[str, str], ax: Axes | None = None) -> Axes:
-    """A point with its 95 % interval for every head; ``quantities`` maps columns of ``energy_table`` to ``COLORS``."""
-    ax = ax or plt.gca()
-    position = np.arange(len(table))
-    for i, (quantity, color) in enumerate(quantities.items()):
-        shift = 0.18 * (i - (len(quantities) - 1) / 2)
-        error = [table[quantity] - table[f"{quantity}_lo"], table[f"{quantity}_hi"] - table[quantity]]
-        style = {"fmt": "os^"[i], "markersize": 4, "linewidth": 1.5, "color": COLORS[color], "label": quantity}
-        ax.errorbar(position + shift, table[quantity], yerr=np.clip(error, 0, None), **style)
-    ax.set_xticks(position, [f"{layer}.{head}" for layer, head in zip(table["layer"], table["head"], strict=True)])
-    ax.tick_params(axis="x", labelsize="small")
-    ax.set_xlabel("layer.head")
-    ax.legend()
-    return ax
+    shapes = {" ": "␣", "\n": "⏎"}
+    return [shapes.get(c, c if c.isprintable() else c.encode("unicode_escape").decode()) for c in text]
 
 
 def plot_head_map(
@@ -1065,56 +1337,27 @@ def plot_head_map(
 ) -> Axes:
     """One (query, key) map (T, T), queries down and keys across; keys that a query may not see stay blank.
 
-    ``text`` (T characters) labels both axes; without it the axes count positions.
+    ``text`` (T characters) labels both axes; without it the axes count positions. Raises ValueError on other shapes.
     """
     ax = ax or plt.gca()
     T = len(values)
+    if values.shape != (T, T) or T == 0 or len(text or values) != T:
+        labels = "no text" if text is None else f"a text of {len(text)} characters"
+        raise ValueError(f"a map is (T, T) and its text has T characters; here are {tuple(values.shape)} and {labels}")
     shown = np.ma.masked_where(~np.tri(T, dtype=bool), values.cpu().numpy())
     ax.imshow(shown, cmap=cmap, norm=norm, interpolation="none")
-    if text is None:
-        ticks = range(0, T, max(1, T // 4))
-        ax.set_xticks(ticks)
-        ax.set_yticks(ticks)
-    else:
-        ax.set_xticks(range(T), printable(text))
-        ax.set_yticks(range(T), printable(text))
+    ticks, labels = (range(0, T, max(1, T // 4)), None) if text is None else (range(T), printable(text))
+    ax.set_xticks(ticks, labels)
+    ax.set_yticks(ticks, labels)
+    if text is not None:
         ax.tick_params(labelsize=9, length=0)
         ax.set(xlabel="key", ylabel="query")
     return ax
 
 
-def plot_head_maps(
-    maps: Tensor, label: str, axes: np.ndarray | None = None, norm: Normalize | None = None, cmap: str = SEQUENTIAL
-) -> np.ndarray:
-    """All heads' maps (L, H, T, T) as a grid, layers down and heads across, with one scale and one colour bar.
-
-    ``label`` names the quantity and its unit; ``norm`` is the scale, from 0 to the largest value if not given.
-    """
-    L, H = maps.shape[:2]
-    if axes is None:
-        _, axes = plt.subplots(L, H, figsize=(2 * H + 1, 2 * L + 0.4), sharex=True, sharey=True, squeeze=False)
-    norm = norm or Normalize(0, maps.max().item())
-    for layer in range(L):
-        for head in range(H):
-            ax = plot_head_map(maps[layer, head], ax=axes[layer, head], norm=norm, cmap=cmap)
-            ax.set_title(f"{layer}.{head}", fontsize="small", loc="center")
-    for ax in axes[-1]:
-        ax.set_xlabel("key")
-    for ax in axes[:, 0]:
-        ax.set_ylabel("query")
-    axes[0, 0].figure.colorbar(plt.cm.ScalarMappable(norm=norm, cmap=cmap), ax=axes, label=label, shrink=0.6)
-    return axes
-
-
-def energy_scale(maps: Tensor, decades: float = 3) -> LogNorm:
-    """A logarithmic scale for energies that ends ``decades`` powers of ten below the largest; clipped there."""
-    high = maps.max().item()
-    return LogNorm(high / 10**decades, high, clip=True)
-
-
 def signed_scale(maps: Tensor, linear: float = 0.01) -> SymLogNorm:
     """A scale for signed values, centred on zero: logarithmic beyond the fraction ``linear`` of the largest size."""
-    high = maps.abs().max().item()
+    high = torch.where(maps.isfinite(), maps.abs(), 0).max().item() or 1.0  # maps of zeros have a scale, too
     return SymLogNorm(linear * high, vmin=-high, vmax=high)
 
 
@@ -1122,16 +1365,19 @@ def plot_harm(table: pd.DataFrame) -> np.ndarray:
     """Harm of every rule (rows of ``harm_table``) with its interval and the two bounds of the verdict.
 
     A panel a group, one below the other, in a figure of their own, and an array of their axes; groups and rules without
-    a verdict are left out.
+    a verdict are left out. Raises ValueError where that leaves none.
     """
     shown = table[~table["rule"].isin(["full", "none"]) & table["harm"].notna()]
+    if shown.empty:
+        raise ValueError("no rule in this table has a harm to draw: it needs test runs of a rule, of full and of none")
     groups = list(shown.groupby(GROUP, sort=False))
     heights = [len(part) + 1.2 for _, part in groups]
     size = (9, 0.27 * sum(heights) + 0.8)
     _, axes = plt.subplots(len(groups), 1, figsize=size, sharex=True, squeeze=False, height_ratios=heights)
     axes = axes[:, 0]
     colors = {"tolerable": COLORS["sign_sym"], "costly": "#9A6700", "catastrophic": COLORS["offdiag"]}
-    markers = {"tolerable": "o", "costly": "s", "catastrophic": "X"}  # not by colour alone
+    colors["undetermined"] = "#777777"
+    markers = {"tolerable": "o", "costly": "s", "catastrophic": "X", "undetermined": "D"}  # not by colour alone
     for ax, ((task, method, attn_mode, steps), part) in zip(axes, groups, strict=True):
         part = part.sort_values("harm", ascending=False)
         for position, row in enumerate(part.itertuples()):
@@ -1151,7 +1397,3 @@ def plot_harm(table: pd.DataFrame) -> np.ndarray:
     axes[-1].margins(x=0.2)
     axes[-1].set_xlabel("harm (0: full, 1: Q and K never trained)")
     return axes
-
-
-for _code in (model_local, train, get_batch, evaluate, Corpus, RecallTask, alignment, symptoms):
-    _source(_code)  # all that a checkpoint's name depends on

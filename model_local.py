@@ -25,6 +25,7 @@ Ramapuram et al. 2024, "Theory, analysis, and best practices for sigmoid self-at
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -270,7 +271,7 @@ def _sigmoid(scores: Tensor) -> Tensor:
 
 
 ATTN_MODES: dict[str, Callable[[Tensor], Tensor]] = {
-    "softmax": lambda scores: torch.softmax(scores, dim=-1),
+    "softmax": functools.partial(torch.softmax, dim=-1),
     "sigmoid": _sigmoid,
 }
 
