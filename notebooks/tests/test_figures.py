@@ -38,6 +38,7 @@ def drawing(monkeypatch):
     """No windows, no time spent on layout, and nothing that a figure changes stays changed."""
     matplotlib.use("agg")
     monkeypatch.setattr(plt, "show", lambda: None)
+    monkeypatch.setattr(helpers, "claim", lambda *args, **options: None)  # said of other numbers than these
     with plt.rc_context(), pd.option_context("display.max_rows", 60, "display.max_columns", 20):
         helpers.set_style()
         assert plt.rcParams["figure.constrained_layout.use"] and pd.get_option("display.max_rows") is None
@@ -71,6 +72,7 @@ def run(notebook, *wanted, only=ast.stmt, **names):
     Returns what they name; ``value`` is what the last one would show under it.
     """
     names["__name__"] = __name__  # warnings in cells count as ours
+    names.setdefault("corpus", SimpleNamespace(is_shakespeare=False))  # what titles say is not so of these numbers
     body = find(notebook, "set_style()")
     for what in wanted:
         body += [statement for statement in find(notebook, what) if isinstance(statement, only)]
@@ -124,7 +126,7 @@ def head_table(seed, *quantities):
     random = np.random.default_rng(seed)
     table = pd.DataFrame({"layer": np.repeat(range(L), H), "head": np.tile(range(H), L)})
     for name in quantities:
-        value = random.uniform(0.1, 0.9, L * H) - (name == "r_cross")
+        value = random.uniform(0.1, 0.9, L * H) - 0.4 * (name == "r_cross")
         table[name], table[f"{name}_lo"], table[f"{name}_hi"] = value, value - random.uniform(0.01, 0.1), value + 0.2
     return table
 
@@ -565,7 +567,7 @@ def test_figure_4_7_shows_the_head_whose_parts_cancel_most_on_its_text():
     table = head_table(1, "r_cross").assign(r_cross=[-0.1, -0.2, -0.3, -0.4, -0.9, -0.5])  # head 1.1
     text = "To be, or not:"
     names = {"tables": {"fa": table}, "layers": layers, "splits": splits, "x": torch.arange(size)[None]}
-    corpus = SimpleNamespace(decode=lambda ids: "".join(text[i] for i in ids))
+    corpus = SimpleNamespace(is_shakespeare=False, decode=lambda ids: "".join(text[i] for i in ids))
     shown = run("04_energy_split", "figure-4-7", "numbers-4-7", corpus=corpus, **names)
     a, g = layers[1].attn[0, 1], layers[1].grad[0, 1]
     tri = torch.ones(size, size).tril().bool()
@@ -682,8 +684,7 @@ def test_figure_5_2_draws_each_rule_s_loss_over_its_rates(verdict):
 
 
 def test_figure_5_3_draws_every_seed_s_curve_in_the_colour_of_its_rule(verdict):
-    corpus = SimpleNamespace(name="another", is_shakespeare=False)
-    names = verdict | {"corpus": corpus, "rule_colors": RULES}
+    names = verdict | {"rule_colors": RULES}
     names["panels"] = [
         ("recall", "bp", 3000),
         ("recall", "fa", 3000),
