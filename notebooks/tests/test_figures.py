@@ -241,23 +241,19 @@ def test_signed_scales_are_centred_on_zero_and_hold_every_value(largest):
 
 def harm_rows(**changes):
     """Two groups as ``harm_table`` gives them, with every verdict."""
-    words = ["tolerable", "costly", "catastrophic", "costly", "reference", "missing", "undecided"]
-    n = len(words)
-    table = pd.DataFrame(
-        {
-            "task": ["recall"] * 3 + ["shakespeare"] * 4,
-            "method": ["fa"] * 3 + ["bp"] * 4,
-            "attn_mode": ["softmax"] * 3 + ["sigmoid"] * 4,
-            "steps": [3000] * 3 + [500] * 4,
-            "rule": ["mean", "zero", "ste", "running", "full", "lateral", "diagonal"],
-            "harm": [0.1, 0.6, 1.7, 0.5, 0.0, np.nan, np.nan],
-            "low": [-0.1, 0.2, 1.2, 0.3, 0.0, np.nan, np.nan],
-            "high": [0.2, 1.1, 2.9, 0.8, 0.0, np.nan, np.nan],
-            "verdict": words,
-            "lr_at_end": [False, True, False, True] + [False] * (n - 4),
-        }
-    )
-    return table.assign(**changes)
+    rows = [  # rule, harm, low, high, verdict, lr_at_end
+        ("recall", "mean", 0.1, -0.1, 0.2, "tolerable", False),
+        ("recall", "zero", 0.6, 0.2, 0.9, "costly", True),
+        ("recall", "ste", 1.7, 1.2, 2.9, "catastrophic", False),
+        ("shakespeare", "running", 0.5, 0.1, 1.3, "undetermined", True),
+        ("shakespeare", "full", 0.0, 0.0, 0.0, "reference", False),
+        ("shakespeare", "lateral", np.nan, np.nan, np.nan, "missing", False),
+        ("shakespeare", "diagonal", np.nan, np.nan, np.nan, "undecided", False),
+    ]
+    table = pd.DataFrame(rows, columns=["task", "rule", "harm", "low", "high", "verdict", "lr_at_end"])
+    recall = table["task"] == "recall"
+    table["method"], table["attn_mode"] = np.where(recall, "fa", "bp"), np.where(recall, "softmax", "sigmoid")
+    return table.assign(steps=np.where(recall, 3000, 500), **changes)
 
 
 def drawn_harm(axes):
@@ -289,6 +285,7 @@ def test_harm_stands_at_its_rule_with_its_interval_word_colour_and_marker():
     pd.testing.assert_frame_equal(drawn.set_index("rule")[columns].sort_index(), expected[columns].sort_index())
     assert drawn["rule"].tolist() == ["ste", "zero", "mean", "running"]  # the best is on top
     looks = {"tolerable": ("#009e73", "o"), "costly": ("#9a6700", "s"), "catastrophic": ("#d55e00", "X")}
+    looks["undetermined"] = ("#777777", "D")
     for row in drawn.itertuples():
         color, marker = looks[row.verdict]
         assert to_hex(row.point.get_color()) == color and row.point.get_marker() == marker
@@ -302,6 +299,19 @@ def test_harm_stands_at_its_rule_with_its_interval_word_colour_and_marker():
         assert ax.get_xlim()[0] < table["low"].min() and ax.get_xlim()[1] > table["high"].max()
         assert ax.get_ylim()[0] < 0 and ax.get_ylim()[1] > len(ticks(ax.yaxis)) - 1
     assert axes[-1].get_xlabel().startswith("harm (0: full, 1: Q and K never trained")
+
+
+def test_a_rule_that_diverged_stands_at_the_edge():
+    table = harm_rows()
+    ax = plot_harm(
+        table.assign(**{c: table[c].where(table["rule"] != "ste", np.inf) for c in ("harm", "low", "high")})
+    )[0]
+    (mark,) = (line for line in ax.lines if line.get_marker() == ">")
+    assert ticks(ax.yaxis)[mark.get_ydata()[0]] == "ste" and mark.get_transform() == ax.get_yaxis_transform()
+    assert mark.get_xdata()[0] == 1 and to_hex(mark.get_color()) == "#d55e00"
+    (word,) = (text for text in ax.texts if text.get_text() == "diverged")
+    assert word.xy[1] == mark.get_ydata()[0] and len(lines_of_length(ax, 2)) == 2
+    plt.gcf().canvas.draw()
 
 
 def test_equal_harms_are_drawn():
