@@ -1310,7 +1310,7 @@ def set_style() -> None:
     """The look of every figure and table in the report; called once a notebook."""
     pd.set_option("display.max_rows", None, "display.max_columns", None)
     inline = InlineBackend.instance()
-    inline.print_figure_kwargs = {"bbox_inches": "tight", "metadata": {"Date": None}}
+    inline.print_figure_kwargs = {"bbox_inches": "tight", "metadata": {"Date": None, "Creator": None}}
     inline.figure_formats = {"svg"}
     sns.set_theme(context="notebook", style="ticks", palette=list(COLORS.values()))
     plt.rcParams.update(

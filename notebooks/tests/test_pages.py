@@ -131,15 +131,17 @@ def test_one_file_needs_no_other(tmp_path):
     (tmp_path / "style.css").write_text("p { color: red }")
     (tmp_path / "do.js").write_text('const tag = "</script>"')
     (tmp_path / "a b.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+    (tmp_path / "c.png").write_bytes(b"\x89PNG")
     (tmp_path / "page.html").write_text(
         '<html><head><link rel="stylesheet" href="style.css"><link rel="icon" href="gone.png">'
         '<script src="do.js" defer></script></head><body><p class="site-only">not here</p>'
-        '<img src="a%20b.svg"><img src="https://elsewhere.org/c.png">'
+        '<img src="a%20b.svg"><img src="c.png"><img src="https://elsewhere.org/c.png">'
         '<a href="#document-page#there">there</a></body></html>'
     )
     page = inline(tmp_path / "page.html")
     assert "p { color: red }" in page and "not here" not in page and "gone.png" not in page
     assert r'const tag = "<\/script>"' in page and "do.js" not in page
     assert page.index("<body>") < page.index("const tag")  # it waited for the page
-    assert "data:image/svg+xml;base64,PHN2ZyB4" in page and 'src="https://elsewhere.org/c.png"' in page
+    assert 'src="data:image/svg+xml,%3Csvg xmlns=%27http://www.w3.org/2000/svg%27/%3E"' in page
+    assert "data:image/png;base64,iVBO" in page and 'src="https://elsewhere.org/c.png"' in page
     assert 'href="#there"' in page
