@@ -7,25 +7,36 @@ in ``model_local``; nothing here knows which rule is at work.
 from __future__ import annotations
 
 import ast
+import csv
 import dataclasses
+import dis
+import errno
 import functools
 import hashlib
 import inspect
+import io
 import json
+import linecache
 import math
 import os
 import pickle
 import pickletools
 import re
-import tempfile
+import shutil
+import sys
+import sysconfig
 import time
+import uuid
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from decimal import Decimal
+from numbers import Real
 from pathlib import Path
-from typing import NamedTuple
+from types import CodeType, FunctionType, ModuleType
+from typing import BinaryIO, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -42,7 +53,17 @@ from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 import model_local
-from model_local import SOFTMAX_BACKWARD, AttentionWeights, LocalGPT, LocalGPTConfig, diagonal, full, ste
+from model_local import (
+    ATTN_MODES,
+    METHODS,
+    SOFTMAX_BACKWARD,
+    AttentionWeights,
+    LocalGPT,
+    LocalGPTConfig,
+    diagonal,
+    full,
+    ste,
+)
 
 ROOT = Path(__file__).resolve().parent
 DATA = ROOT / "data"
@@ -279,6 +300,148 @@ class RecallTask:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def fingerprint(*objects, without: Iterable = ()) -> str:
+    """SHA-256 of what ``objects`` do: the code of functions with all that it depends on, the content of values.
+
+    Functions are followed to their defaults, closures and the globals that they read, classes to their bases, methods
+    and attributes, dataclasses to their fields, all of these further. Comments, docstrings, layout, the words of errors
+    and how an object is displayed do not count; installed packages do by name, and what is in ``without`` not at all.
+    TypeError on anything else. (joblib.hash takes classes by name, cloudpickle's bytes change with Python's version.)
+
+    >>> step = 2
+    >>> def advance(x):
+    ...     return x + step
+    >>> before, step = fingerprint(advance), 3
+    >>> before == fingerprint(advance)
+    False
+    """
+    known = {id(value): ("left out", value) for value in without}  # with the object, so that its id stays its own
+
+    def of(value, name: str) -> str:
+        if type(value) in (type(None), bool, int, float, complex, str, bytes, type(...)):
+            return f"{type(value).__name__} {value!a}"
+        if id(value) not in known:
+            known[id(value)] = f"number {len(known)}", value  # for what is below it and comes back to it
+            try:
+                parts = list(_parts(value))
+            except (RuntimeError, TypeError, ValueError) as error:
+                advice = "use plain data, arrays, dataclasses, functions defined with def in a file or notebook cell"
+                raise TypeError(f"{name} ({type(value).__name__}) has no fingerprint: {error}; {advice}") from error
+            words = [f"{label}={of(part, f'{name}: {label}')}" for label, part in parts]
+            known[id(value)] = hashlib.sha256("; ".join(words).encode()).hexdigest(), value
+        return known[id(value)][0]
+
+    words = [of(value, getattr(value, "__name__", type(value).__name__)) for value in objects]
+    return hashlib.sha256(" ".join(words).encode()).hexdigest()
+
+
+def _parts(value) -> Iterator[tuple[str, object]]:
+    """What determines a value, as pairs of a label and a further value."""
+    kind = type(value)
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().contiguous()
+        yield f"{value.dtype} {tuple(value.shape)}", value.flatten().view(torch.uint8).numpy().tobytes()
+    elif isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:
+        yield f"{value.dtype} {value.shape}", value.tobytes()
+    elif kind in (list, tuple, set, frozenset, dict):
+        items = value.items() if kind is dict else sorted(map(fingerprint, value)) if "set" in kind.__name__ else value
+        yield from ((f"{kind.__name__} {i}", item) for i, item in enumerate(items))
+    elif kind is functools.partial:
+        yield "partial", (value.func, value.args, value.keywords)
+    elif kind is property:
+        yield "property", (value.fget, value.fset)
+    elif isinstance(value, FunctionType) and not _is_installed(value.__code__.co_filename):
+        yield "code", _definition(value.__code__.co_filename, value.__code__.co_name, value.__code__.co_firstlineno)
+        yield "defaults", (value.__defaults__, value.__kwdefaults__)
+        closure = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+        scope = value.__globals__ | {name: cell.cell_contents for name, cell in closure}
+        yield from ((name, scope.get(name)) for name in _names(value.__code__))  # None: a builtin, or not there
+    elif hasattr(value, "__wrapped__"):  # by a package's decorator, or as a class or static method
+        yield kind.__name__, value.__wrapped__
+    elif kind is ModuleType or _is_named(value):
+        module = value if kind is ModuleType else sys.modules.get(value.__module__ or "builtins")
+        home = getattr(module, "__name__", "__main__")
+        if home != "__main__" and _is_installed(getattr(module, "__file__", None)):
+            yield "installed", f"{home}.{getattr(value, '__qualname__', '')}"
+        elif isinstance(value, type):
+            yield "bases", value.__bases__
+            yield from ((name, item) for name, item in sorted(vars(value).items()) if _is_written(name, item))
+        else:
+            raise ValueError("import what is needed of it by name" if module is value else "it could be anything")
+    elif dataclasses.is_dataclass(value):
+        yield "class", kind
+        yield from ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+    else:
+        raise ValueError("it could be anything")
+
+
+def _is_named(value) -> bool:
+    """Whether it is told by where it stands, as classes and functions are, but not the bound methods of an object."""
+    bound = getattr(value, "__self__", None)
+    return hasattr(value, "__name__") and hasattr(value, "__module__") and isinstance(bound, ModuleType | type | None)
+
+
+def _is_written(name: str, item) -> bool:
+    """Whether an entry of a class does something, and is not Python's book-keeping or display."""
+    function = inspect.unwrap(item) if callable(item) or hasattr(item, "__wrapped__") else None
+    if isinstance(function, FunctionType):  # those that dataclasses generate have no file
+        return function.__code__.co_filename != "<string>" and not re.fullmatch("__(repr|str)__|_repr_.*_", name)
+    return not name.startswith("__") and (isinstance(item, property) or not inspect.isdatadescriptor(item))
+
+
+@functools.cache
+def _names(code: CodeType) -> list[str]:
+    """The names that code, and the functions inside it, take from outside."""
+    names, codes = {*code.co_freevars}, [code]
+    for inner in codes:
+        codes += [constant for constant in inner.co_consts if isinstance(constant, CodeType)]
+        for instruction in dis.get_instructions(inner):
+            if instruction.opname.startswith(("LOAD_GLOBAL", "LOAD_NAME")):
+                names.add(instruction.argval)
+            elif instruction.opname == "IMPORT_NAME":
+                raise ValueError(f"it imports {instruction.argval} inside, move that to the top")
+    return sorted(names)
+
+
+@functools.cache
+def _is_installed(filename: str | None) -> bool:
+    """Whether a file is Python's or a package's (as is what has none), and not the project's or its reader's."""
+    own = filename and not filename.startswith(("<frozen", sysconfig.get_path("stdlib")))
+    return not own or "site-packages" in filename or "dist-packages" in filename
+
+
+@functools.cache
+def _definition(filename: str, name: str, line: int) -> str:
+    """The function that stands there, in words that are the same in every version of Python."""
+    if (name, line) not in _functions(filename):
+        raise ValueError("its source is not to be found, or has changed since it was loaded")
+    return _plain(_functions(filename)[name, line])
+
+
+@functools.cache  # as they were when first asked for: the file may be edited beside a running kernel
+def _functions(filename: str) -> dict[tuple[str, int], ast.FunctionDef]:
+    nodes = ast.walk(ast.parse("".join(linecache.getlines(filename))))
+    found = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+    return {(node.name, min(n.lineno for n in (node, *node.decorator_list))): node for node in found}
+
+
+def _plain(node) -> str:
+    if isinstance(node, list):
+        return f"[{' '.join(map(_plain, node))}]"
+    if not isinstance(node, ast.AST):
+        return ascii(node)
+    fields = {name: value for name, value in ast.iter_fields(node) if value is not None and value != []}
+    if isinstance(node, ast.ClassDef | ast.FunctionDef):
+        fields["body"] = node.body[ast.get_docstring(node) is not None :]
+    if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+        fields = {"exc": node.exc.func}
+    return f"({type(node).__name__} {' '.join(f'{name}:{_plain(value)}' for name, value in fields.items())})"
+
+
+for _file in (__file__, model_local.__file__):
+    _functions(_file)
+
+
 @dataclass(frozen=True)
 class Run:
     """A finished training run.
@@ -320,99 +483,125 @@ def train(
     seed: int = 1337,
     data: Corpus | RecallTask | None = None,
     eval_every: int = 50,
-    measure: Callable[[LocalGPT, Tensor, Tensor], dict[tuple[str, str], float]] = alignment,
+    measure: Callable[[LocalGPT, Tensor, Tensor], Mapping[tuple[str, str], float]] = alignment,
     device: str = "cpu",
-    directory: Path | None = DATA / "runs",
+    directory: str | os.PathLike | None = DATA / "runs",
     progress: bool = True,
 ) -> Run:
-    """Train a LocalGPT with AdamW at a constant rate, or load the run if these very settings were trained before.
+    """Train a LocalGPT with AdamW at a constant rate, or load the run if it was trained before.
 
     ``data`` is a corpus (the default one if not given) or a task. Every ``eval_every`` steps the model is scored, and
-    a copy of it measured on one fixed batch: ``measure(model, x, y)`` returns values by (metric, part).
+    a copy of it measured on one fixed batch: ``measure(model, x, y)`` returns numbers by (metric, part).
 
-    The checkpoint's name is a hash of everything that determines the run: every argument, the data, the code of the
-    model and of this function, torch's version. It is rewritten every ``eval_every`` steps, so that an interrupted run
-    goes on where it was; without a ``directory`` nothing is written. Raises ValueError on a vocabulary that is not the
-    data's, FloatingPointError if the run diverges.
+    The checkpoint's name is a hash of all that determines the run: the arguments, the data, torch's version and the
+    code (``training_code``). It is rewritten every ``eval_every`` steps, so that an interrupted run goes on where it
+    was; without a ``directory`` nothing is written. Raises TypeError or ValueError on arguments that cannot be, also
+    on a ``measure`` whose code cannot be looked at, and FloatingPointError if the run diverges.
     """
-    data = data or load_corpus()
+    data = load_corpus() if data is None else data
+    if not isinstance(data, Corpus | RecallTask):
+        raise TypeError(f"data={data!r} is neither a corpus nor a task: write data=load_corpus() or data=RecallTask()")
     if config.vocab_size != data.vocab_size:
         raise ValueError(
             f"config.vocab_size={config.vocab_size} and the data {data.name!r} have {data.vocab_size}: "
             "write LocalGPTConfig(vocab_size=corpus.vocab_size, ...)"
         )
-    for name, value in {"steps": steps, "batch_size": batch_size, "eval_every": eval_every}.items():
-        if value < 1:
-            raise ValueError(f"{name}={value} is not a positive number")
-    rule = SOFTMAX_BACKWARD[config.softmax_backward]  # it may be the caller's own
-    rule = rule if inspect.isfunction(rule) else type(rule)
-    code = (model_local, train, get_batch, evaluate, type(data), measure, rule)
-    settings = {
-        "config": dataclasses.asdict(config),
-        "steps": steps,
-        "lr": lr,
-        "batch_size": batch_size,
-        "seed": seed,
-        "data": data.sha256,
-        "eval_every": eval_every,
-        "device": device,
-        "code": _code_fingerprint(*map(_source, code)),
-        "torch": str(torch.__version__),  # a str of its own class, which the safe loader refuses
-    }
+    settings = {"steps": steps, "batch_size": batch_size, "eval_every": eval_every, "seed": seed, "lr": lr}
+    for name, value in settings.items():  # NumPy's numbers are welcome, and 500.0 steps
+        least = {"seed": 0, "lr": math.nextafter(0, 1)}.get(name, 1)
+        number = isinstance(value, Real) and not isinstance(value, bool) and least <= value < 2**63
+        if not number or (name != "lr" and value % 1):
+            expected = "a positive number" if name == "lr" else f"a whole number from {least} up"
+            raise ValueError(f"{name}={value!r} is not {expected}")
+        settings[name] = float(value) if name == "lr" else int(value)
+    device = str(device)
+    start = settings | {"config": config, "data": data, "measure": measure, "device": device}
+    settings |= {"config": dataclasses.asdict(config), "data": data.sha256, "device": device}
+    settings["code"] = training_code(config, type(data), measure)
+    settings["torch"] = str(torch.__version__)  # a str of its own class, which the safe loader refuses
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-    path = directory and directory / f"{config.method}-{config.softmax_backward}-{key}.pt"
+    path = None
+    if directory is not None:
+        path = Path(directory) / f"{config.method}-{config.softmax_backward}-{key}.pt"
 
-    with torch.random.fork_rng(devices=[]):  # whoever calls keeps their own random numbers
-        torch.manual_seed(seed)
-        model = LocalGPT(config).to(device)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
-        batches = torch.Generator().manual_seed(seed)
-        probe = data.batch(config.block_size, batch_size, torch.Generator().manual_seed(0), device)
-        step, history, snapshots = 0, [], {}
-        saved = _load_checkpoint(path, settings) if path else None
-        if saved:
-            model.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
-            batches.set_state(saved["batches"])
-            torch.set_rng_state(saved["rng"])
-            step, history, snapshots = saved["step"], saved["history"], saved["snapshots"]
+    saved = _load_checkpoint(path, settings) if path else None
+    title = f"{config.method}/{config.softmax_backward}"
+    silence = {} if progress else {"disable": True}  # disable=False would overrule TQDM_DISABLE
+    with (
+        torch.random.fork_rng(devices=[]),  # whoever calls keeps their own random numbers
+        tqdm(total=settings["steps"], desc=title, leave=False, **silence) as bar,
+    ):
+        for model, state in _training(**start, saved=saved, bar=bar):  # noqa: B007 (the last is returned)
+            if path and state is not saved:
+                # into memory first: torch's writer does not tell a full disk from other errors
+                torch.save({"settings": settings, **state}, content := io.BytesIO())
+                save_atomically(path, lambda file, content=content: file.write(content.getbuffer()))
+    table = pd.DataFrame(state["history"], columns=["step", "metric", "part", "value"])
+    return Run(model.eval(), table, state["snapshots"])
 
-        def record(metrics: dict[str, float]) -> None:
-            values = {(metric, ""): value for metric, value in (metrics | data.score(model)).items()}
-            values |= measure(twin(model).eval(), *probe)  # of a copy: to measure must change nothing
-            history.extend((step, metric, part, value) for (metric, part), value in values.items())
-            if not path:
-                return
-            snapshots[step] = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
-            state = {"settings": settings, "step": step, "history": history, "snapshots": snapshots}
-            state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {"batches": batches.get_state(), "rng": torch.get_rng_state()}
-            save_atomically(path, lambda file: torch.save(state, file))
 
-        if step == 0 and not saved:
-            record({})
-        title = f"{config.method}/{config.softmax_backward}"
-        silence = {} if progress else {"disable": True}  # disable=False would overrule TQDM_DISABLE
-        with tqdm(total=steps, initial=step, desc=title, leave=False, **silence) as bar:
-            while step < steps:
-                losses, start = [], time.perf_counter()
-                for _ in range(min(eval_every, steps - step)):
-                    _, loss = model(*data.batch(config.block_size, batch_size, batches, device))
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-                    losses.append(loss.detach())
-                    bar.update()
-                    if len(losses) % 10 == 0:  # to look at a loss is to wait for the device
-                        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-                step += len(losses)
-                train_loss = torch.stack(losses).double().mean().item()
-                if not math.isfinite(train_loss):
-                    raise FloatingPointError(f"the loss is not a number by step {step}: try a smaller lr")
-                tokens = len(losses) * batch_size * config.block_size
-                record({"train_loss": train_loss, "tokens_per_s": tokens / (time.perf_counter() - start)})
-    table = pd.DataFrame(history, columns=["step", "metric", "part", "value"])
-    return Run(model.eval(), table, snapshots)
+def training_code(config: LocalGPTConfig, data: type, measure: Callable) -> str:
+    """The fingerprint of the code that determines a run; of methods, rules and activations only those it uses."""
+    used = [registry[getattr(config, name)] for name, registry in REGISTRIES.items()]
+    return fingerprint(_training, data, measure, *used, without=REGISTRIES.values())
+
+
+REGISTRIES = {"method": METHODS, "softmax_backward": SOFTMAX_BACKWARD, "attn_mode": ATTN_MODES}
+STATE = ("step", "history", "snapshots", "model", "optimizer", "batches", "rng")  # what a run goes on from
+
+
+def _training(
+    config, steps, lr, batch_size, seed, data, eval_every, measure, device, saved: dict | None, bar
+) -> Iterator[tuple[LocalGPT, dict]]:
+    """A run, from its start or a ``saved`` state on: model and state every ``eval_every`` steps. See ``train``."""
+    torch.manual_seed(seed)
+    model = LocalGPT(config).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
+    batches = torch.Generator().manual_seed(seed)
+    probe = data.batch(config.block_size, batch_size, torch.Generator().manual_seed(0), device)
+    step, history, snapshots = 0, [], {}
+
+    def record(metrics: dict[str, float]) -> tuple[LocalGPT, dict]:
+        values = {(metric, ""): value for metric, value in (metrics | data.score(model)).items()}
+        measured = measure(twin(model).eval(), *probe)  # of a copy: to measure must change nothing
+        try:  # plain numbers, which the safe loader reads
+            values |= {(str(metric), str(part)): float(value) for (metric, part), value in measured.items()}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise TypeError(
+                f"measure returned {measured!r}: a dict of numbers by (metric, part) was expected"
+            ) from error
+        history.extend((step, metric, part, value) for (metric, part), value in values.items())
+        snapshots[step] = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
+        parts = model.state_dict(), optimizer.state_dict(), batches.get_state(), torch.get_rng_state()
+        return model, dict(zip(STATE, (step, history, snapshots, *parts), strict=True))
+
+    if saved:
+        step, history, snapshots = saved["step"], saved["history"], saved["snapshots"]
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        batches.set_state(saved["batches"])
+        torch.set_rng_state(saved["rng"])
+        yield model, saved
+    else:
+        yield record({})
+    bar.update(step)
+    while step < steps:
+        losses, start = [], time.perf_counter()
+        for _ in range(min(eval_every, steps - step)):
+            _, loss = model(*data.batch(config.block_size, batch_size, batches, device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+            bar.update()
+            if len(losses) % 10 == 0:  # to look at a loss is to wait for the device
+                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        step += len(losses)
+        train_loss = torch.stack(losses).double().mean().item()
+        if not math.isfinite(train_loss):
+            raise FloatingPointError(f"the loss is not a number by step {step}: try a smaller lr")
+        tokens = len(losses) * batch_size * config.block_size
+        yield record({"train_loss": train_loss, "tokens_per_s": tokens / (time.perf_counter() - start)})
 
 
 @torch.no_grad()
@@ -460,16 +649,28 @@ def gradient_cosines(model: LocalGPT, reference: LocalGPT, x: Tensor, y: Tensor)
     return cosines
 
 
-def save_atomically(path: Path, write) -> None:
+PART = ".localgpt.part"  # how the names of files end that are not yet whole
+
+
+def save_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let ``write(file)`` fill a temporary neighbour of ``path``, then rename it: readers see all of it or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".part", delete=False) as file:
-        try:
+    for left in path.parent.glob(f"*{PART}"):  # by writers that were killed
+        with suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink()
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PART}")
+    try:
+        with open(part, "xb") as file:
             write(file)
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    os.replace(file.name, path)
+        if path.exists():
+            shutil.copymode(path, part)
+        os.replace(part, path)
+    except BaseException as error:
+        part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise OSError(error.errno, f"the disk is full, {path.name} stays as it was", str(path)) from error
+        raise
 
 
 def _load_checkpoint(path: Path, settings: dict) -> dict | None:
@@ -477,32 +678,19 @@ def _load_checkpoint(path: Path, settings: dict) -> dict | None:
     if not path.exists():
         return None
     try:
+        with zipfile.ZipFile(path) as archive:  # torch writes checksums, and does not look at them again
+            if archive.testzip() is not None:
+                raise ValueError("a checksum does not agree")
         saved = torch.load(path, weights_only=True)  # never unpickles code
+        if {"settings", *STATE} - set(saved):
+            raise ValueError("it lacks a part")
     except Exception as error:  # a half-written or corrupted archive can fail in any way
-        warnings.warn(f"{path.name} is damaged ({type(error).__name__}): training again", stacklevel=3)
+        warnings.warn(f"{path.name} is damaged ({type(error).__name__}: {error}): training again", stacklevel=3)
         return None
-    if saved.get("settings") != settings:
+    if saved["settings"] != settings:
         warnings.warn(f"{path.name} belongs to other settings: training again", stacklevel=3)
         return None
     return saved
-
-
-# A piece of code as it was when first asked for: the file may be edited while a notebook is at work.
-_source = functools.cache(inspect.getsource)
-
-
-def _code_fingerprint(*sources: str) -> str:
-    """A hash of what the code does: comments, docstrings and layout do not count.
-
-    >>> _code_fingerprint("x = 1  # one") == _code_fingerprint("x=1") != _code_fingerprint("x = 2")
-    True
-    """
-    trees = [ast.parse(source) for source in sources]
-    for tree in trees:
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-                node.body = node.body[1:]
-    return hashlib.sha256("".join(map(ast.dump, trees)).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -511,50 +699,51 @@ def _code_fingerprint(*sources: str) -> str:
 
 
 class CapturedAttention:
-    """One attention layer in its last forward and backward pass: scores, attn, grad = dL/dA, each (B, H, T, T).
+    """One attention layer in one forward pass and its backward pass: scores, attn, grad = dL/dA, each (B, H, T, T).
 
-    Reading what was not captured raises RuntimeError with the reason.
+    It is the pass whose gradient arrived last, or that of a later forward pass; never parts of two. Reading what was
+    not captured raises RuntimeError with the reason.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._scores: Tensor | None = None
-        self._attn: Tensor | None = None
-        self._grad: Tensor | None = None
+        self._maps: tuple[Tensor, Tensor, Tensor | None] | None = None
         self._why_no_grad = ""
 
     @property
     def scores(self) -> Tensor:
         """Masked scores: ``-inf`` where the query may not see the key."""
-        return self._or_fail(self._scores)
+        return self._seen()[0]
 
     @property
     def attn(self) -> Tensor:
-        return self._or_fail(self._attn)
+        return self._seen()[1]
 
     @property
     def grad(self) -> Tensor:
-        self._or_fail(self._attn)
-        if self._grad is None:
+        grad = self._seen()[2]
+        if grad is None:
             raise RuntimeError(f"no gradient reached the attention weights of {self.name!r}: {self._why_no_grad}")
-        return self._grad
+        return grad
 
-    def _or_fail(self, value: Tensor | None) -> Tensor:
-        if value is None:
-            raise RuntimeError(f"{self.name!r} saw no forward pass: run the model inside the 'with' block")
-        return value
+    def _seen(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        if self._maps is None:
+            raise RuntimeError(f"{self.name!r} saw no forward pass: run the model inside the 'with' block, uncompiled")
+        return self._maps
 
     def _on_forward(self, scores: Tensor, attn: Tensor) -> RemovableHandle | None:
-        """Keep a forward pass and ask for its gradient; the gradient of an earlier pass is no longer this one's."""
-        self._scores, self._attn, self._grad = scores.detach(), attn.detach(), None
+        """Keep a forward pass, and let the gradient, whenever it arrives, bring back the pass that it belongs to."""
+        scores, weights = scores.detach(), attn.detach()
+
+        def on_backward(grad: Tensor) -> None:
+            self._maps = scores, weights, grad.detach()
+
+        self._maps = scores, weights, None
         if not attn.requires_grad:
             self._why_no_grad = "the forward pass ran under torch.no_grad(), or every parameter is frozen"
             return None
         self._why_no_grad = "call loss.backward() inside the 'with' block, on a loss that depends on this layer"
-        return attn.register_hook(self._on_backward)
-
-    def _on_backward(self, grad: Tensor) -> None:
-        self._grad = grad.detach()
+        return attn.register_hook(on_backward)
 
 
 @contextmanager
@@ -563,7 +752,8 @@ def capture_attention(model: torch.nn.Module) -> Iterator[list[CapturedAttention
 
     A layer is a module that maps scores (B, H, T, T) to attention weights of the same shape (``AttentionWeights``). The
     gradient is that of the tensor which the forward pass really uses. On leaving, also after an exception, these hooks
-    and no others are removed; what was captured stays readable. Raises ValueError on a model without such a layer.
+    and no others are removed; what was captured stays readable. Raises ValueError on a model without such a layer, and
+    on one that torch.compile has turned into a program without hooks.
 
     >>> model = LocalGPT(LocalGPTConfig(block_size=8, vocab_size=10, n_layer=2, n_head=2, n_embd=16))
     >>> idx = torch.arange(8)[None]
@@ -575,6 +765,8 @@ def capture_attention(model: torch.nn.Module) -> Iterator[list[CapturedAttention
     modules = {name: m for name, m in model.named_modules() if isinstance(m, AttentionWeights)}
     if not modules:
         raise ValueError(f"{type(model).__name__} has no AttentionWeights module: there is nothing to capture")
+    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in model.modules()):
+        raise ValueError("hooks do not run in a compiled model: capture the model as it was before torch.compile")
     layers = [CapturedAttention(name) for name in modules]
     handles: list[RemovableHandle] = []
 
@@ -600,6 +792,10 @@ def capture_batch(model: LocalGPT, x: Tensor, y: Tensor) -> list[CapturedAttenti
     with capture_attention(model) as layers:
         gradients(model, x, y)
     return layers
+
+
+ROUNDING = 0.01  # the share of |f| that rounding may account for: beyond, a head's figures are not defined
+EPS64 = 16 * np.finfo(float).eps  # of a sum of products in float64
 
 
 class SoftmaxGradient(NamedTuple):
@@ -628,6 +824,7 @@ def split_softmax_gradient(attn: Tensor, grad: Tensor) -> SoftmaxGradient:
     return SoftmaxGradient(full(attn, grad, visible), diagonal(attn, grad, visible), attn * minus_others)
 
 
+@torch.no_grad()
 def head_energy(
     attn: Tensor, grad: Tensor, visible: Tensor | None = None, n_boot: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
@@ -644,38 +841,58 @@ def head_energy(
     cos_ste_unmasked               the same with g on all keys, also masked ones: what naive code measures   [-1, 1]
     entropy                        of a row, over the log of its number of visible keys; first query left out [0, 1]
     attn_max, attn_mean            largest weight of a row (first query left out); mean over visible keys    [0, 1]
-    defined                        False where |f| is at the rounding floor: ratios and cosines are then NaN
+    defined                        False where rounding may decide: ratios and cosines are then NaN
     ============================== ========================================================================= =========
 
     Energies are summed over a sequence's (query, key) pairs, averaged over sequences, then divided: a ratio of means.
-    Cosines are taken per sequence over the flattened map, then averaged. ``*_lo`` and ``*_hi`` bound the 95 % bootstrap
-    interval over the B sequences. Sums run in float64 and no absolute epsilon enters anywhere (gradients of a mean over
-    B*T tokens are of the order 1e-5). Raises ValueError where attn is not a softmax over the visible keys.
+    Cosines are taken per sequence over the flattened map, then averaged (sequences without any gradient are left out).
+    ``*_lo`` and ``*_hi`` bound the 95 % bootstrap interval over the B sequences. Sums run in float64, rows of attn are
+    scaled to sum to 1, and no absolute epsilon enters anywhere: the scale of grad is free.
+
+    A head is ``defined`` where the rounding of attn and grad, to the precision in which they were made, moves f by no
+    more than ``ROUNDING`` = 1 % of |f|: ratios are then right to 2 %, cosines to 0.01, and NaN as well where a single
+    sequence fails this. That precision is the coarsest that the types, the values (half precision holds them without
+    loss) and the row sums of attn tell. Raises ValueError where attn is not a softmax over the visible keys, and on
+    values that are not finite.
 
     >>> a = torch.tensor([[1.0, 0.0], [0.5, 0.5]]).double()[None, None]
     >>> row = head_energy(a, torch.tensor([[1.0, 0.0], [1.0, -1.0]]).double()[None, None]).iloc[0]
     >>> row[["r_diag", "r_offdiag", "r_cross", "cos_diag"]].map(float).tolist()
     [0.25, 0.25, 0.5, 1.0]
     """
-    visible = _check_attention(attn, grad, visible)
+    visible, off = _check_attention(attn, grad, visible)
+    if n_boot < 1:
+        raise ValueError(f"n_boot={n_boot}: an interval needs resamples, a thousand or so")
     n_visible = visible.sum(-1)
     several = n_visible > 1  # a query with a single key has a = 1 and J = 0: it carries nothing
-    row_entropy = torch.special.entr(attn).sum(-1, dtype=torch.float64)[..., several]  # (B, H, queries)
+    B, H, T, _ = attn.shape
+    size = grad.abs().amax((0, 2, 3)).double()[:, None, None]  # divided by it, squares neither overflow nor vanish
+    size[size == 0] = 1
+
+    # one sequence at a time: its maps stay in the processor's cache, which is three times faster than the whole batch
+    products, entropy = [], []
+    for a, g in zip(attn, grad, strict=True):
+        a = a.double() / a.sum(-1, keepdim=True, dtype=torch.float64)
+        products.append(_inner_products(a, g.double() / size, visible))
+        entropy.append((torch.special.entr(a).sum(-1)[:, several] / n_visible[several].double().log()).mean(-1))
+    ff, dd, oo, do, df, ee, ef, gg, gf = torch.stack(products).unbind(-1)  # (B, H) each
     shapes = {
-        "entropy": (row_entropy / n_visible[several].double().log()).mean(-1),
+        "entropy": torch.stack(entropy),
         "attn_max": attn.amax(-1)[..., several].double().mean(-1),
         "attn_mean": attn.sum((-2, -1), dtype=torch.float64) / visible.sum(),
     }
 
-    # one sequence at a time: its maps stay in the processor's cache, which is three times faster than the whole batch
-    products = torch.stack([_inner_products(a.double(), g.double(), visible) for a, g in zip(attn, grad, strict=True)])
-    ff, dd, oo, do, df, ee, ef, gg, gf, terms = products.unbind(-1)  # (B, H) each
-    floor = (4 * torch.finfo(attn.dtype).eps) ** 2 * terms
+    # What rounding makes of f = J g: relative errors u of g give u^2 sum_k |J's column k|^2 g_k^2 <= 2 u^2 |d|^2, those
+    # of a, whose rows sum to 1, 2 u^2 |f|^2. Near zero errors are absolute, a format's step. float64 adds its own.
+    (u_a, step_a), (u_g, step_g) = _precision(attn), _precision(grad)
+    u = max(off, u_a, u_g)  # rounding moves a sum of 1 by its relative error at the most
+    noise = 2 * u**2 * (dd + ff) + (step_a**2 + EPS64**2) * ee + T * (step_g / size[:, 0, 0]) ** 2
+    floor = noise / ROUNDING**2
     pairs = {"cos_diag": (df, dd), "cos_ste": (ef, ee), "cos_ste_unmasked": (gf, gg)}
     cosines = {name: torch.where(ff > floor, xf / (xx * ff).sqrt(), torch.nan) for name, (xf, xx) in pairs.items()}
+    unknown = ((gg > 0) & (ff <= floor)).any(0).cpu().numpy()  # a mean over the other sequences is that of a selection
 
     # row 0 weighs every sequence once, the others are bootstrap resamples of the sequences
-    B = attn.shape[0]
     counts = np.random.default_rng(seed).multinomial(B, np.full(B, 1 / B), size=n_boot)
     weights = np.vstack([np.ones((1, B)), counts])
 
@@ -686,12 +903,13 @@ def head_energy(
         with np.errstate(invalid="ignore"):  # a resample without a defined sequence has no mean
             return weights @ np.where(known, values, 0) / (weights @ known)
 
-    energy = mean(ff)
-    energy[:, energy[0] <= mean(floor)[0]] = np.nan
+    energy, floor = mean(ff), mean(floor)
+    energy[energy <= floor] = np.nan
     draws = {"r_diag": mean(dd) / energy, "r_offdiag": mean(oo) / energy, "r_cross": 2 * mean(do) / energy}
     draws["one_minus_r_diag"] = 1 - draws["r_diag"]
-    draws |= {name: mean(value) for name, value in (cosines | shapes).items()}
-    columns = {"head": range(attn.shape[1]), "defined": np.isfinite(energy[0])}
+    draws |= {name: np.where(unknown, np.nan, mean(cosine)) for name, cosine in cosines.items()}
+    draws |= {name: mean(value) for name, value in shapes.items()}
+    columns = {"head": range(H), "defined": np.isfinite(energy[0])}
     for name, draw in draws.items():
         columns[name] = draw[0]
         columns[f"{name}_lo"], columns[f"{name}_hi"] = np.quantile(draw[1:], [0.025, 0.975], axis=0)
@@ -699,41 +917,57 @@ def head_energy(
 
 
 def _inner_products(a: Tensor, g: Tensor, visible: Tensor) -> Tensor:
-    """The inner products that ``head_energy`` needs, of one sequence's maps (H, T, T), summed over the map: (H, 10)."""
+    """The inner products that ``head_energy`` needs, of one sequence's maps (H, T, T), summed over the map: (H, 9)."""
     f, d, o = split_softmax_gradient(a, g)
     e = ste(a, g, visible)
-    # f is a difference of two terms, a g and a b: what rounding leaves of them where they cancel hangs on their size
-    weighted = a * g
-    terms = a * weighted.sum(-1, keepdim=True)
     pairs = ((f, f), (d, d), (o, o), (d, o), (d, f), (e, e), (e, f), (g, g), (g, f))
-    products = [torch.linalg.vecdot(x.flatten(1), y.flatten(1)) for x, y in pairs]
-    size = [torch.linalg.vecdot(x.flatten(1), x.flatten(1)) for x in (weighted, terms)]
-    return torch.stack([*products, sum(size)], dim=-1)
+    return torch.stack([torch.linalg.vecdot(x.flatten(1), y.flatten(1)) for x, y in pairs], dim=-1)
 
 
-def _check_attention(attn: Tensor, grad: Tensor, visible: Tensor | None) -> Tensor:
-    """Refuse what is no softmax attention; return the boolean map of visible keys (T, T)."""
-    if attn.dim() != 4 or attn.shape[-1] != attn.shape[-2] or attn.shape != grad.shape:
+def _precision(values: Tensor) -> tuple[float, float]:
+    """The precision in which ``values`` were made: relative rounding error, and the smallest step near zero.
+
+    That of the coarsest formats which hold all of them exactly: a float32 now may have been made in half precision.
+    """
+    # the last query first: it is nearly always enough to exclude a format
+    holds = [torch.finfo(values.dtype)]
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        if all((part.to(dtype) == part).all() for part in (values[:, :, -1], values)):
+            holds.append(torch.finfo(dtype))
+    return max(made.eps / 2 for made in holds), max(made.smallest_normal * made.eps for made in holds)
+
+
+def _check_attention(attn: Tensor, grad: Tensor, visible: Tensor | None) -> tuple[Tensor, float]:
+    """Refuse what is no softmax attention; return the boolean map of visible keys and the largest |row sum - 1|."""
+    if attn.dim() != 4 or attn.shape[-1] != attn.shape[-2] or attn.shape != grad.shape or not attn.numel():
         shapes = f"{tuple(attn.shape)} and {tuple(grad.shape)}"
-        raise ValueError(f"expected attn and grad of one shape (B, H, T, T), got {shapes}")
+        raise ValueError(f"expected attn and grad of one shape (B, H, T, T), none of them 0, got {shapes}")
+    if not (attn.is_floating_point() and grad.is_floating_point()):
+        raise ValueError(f"expected floating-point numbers, got attn {attn.dtype} and grad {grad.dtype}")
     if visible is None:
         visible = torch.ones(attn.shape[-2:], dtype=torch.bool, device=attn.device).tril()
+    if visible.dtype != torch.bool or visible.shape != attn.shape[-2:]:
+        raise ValueError(f"visible is {visible.dtype} {tuple(visible.shape)}: expected a boolean map (T, T)")
+    off = (attn.sum(-1, dtype=torch.float64) - 1).abs().amax().item()
+    if not (attn.amin() >= 0 and off <= max(1e-3, 2 * _precision(attn)[0])):  # written so that NaN fails too
+        raise ValueError("the rows of attn are not weights that sum to 1: the split is that of a softmax")
     if attn.amax((0, 1))[~visible].any():
         raise ValueError("attn is not zero on masked keys: pass the map of visible keys that the model used")
-    if not ((attn.sum(-1) - 1).abs().amax() < 1e-3):  # written so that NaN fails too
-        raise ValueError("the rows of attn do not sum to 1: the split is that of a softmax")
-    if not grad.sum().isfinite():
+    if not grad.isfinite().all():
         raise ValueError("grad holds values that are not finite")
-    return visible
+    return visible, off
 
 
 def energy_table(layers: Iterable[CapturedAttention]) -> pd.DataFrame:
     """``head_energy`` of all captured layers (of equal shape), one row a (layer, head)."""
     layers = list(layers)
+    if not layers:
+        raise ValueError("no layer was given: a table needs one or more")
     table = head_energy(torch.cat([layer.attn for layer in layers], 1), torch.cat([layer.grad for layer in layers], 1))
-    n_head = len(table) // len(layers)
-    table.insert(0, "layer", table["head"] // n_head)
-    return table.assign(head=table["head"] % n_head)
+    places = [(i, head) for i, layer in enumerate(layers) for head in range(layer.attn.shape[1])]
+    table["head"] = [head for _, head in places]
+    table.insert(0, "layer", [i for i, _ in places])
+    return table
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -798,28 +1032,40 @@ TOLERABLE, CATASTROPHIC = 0.25, 1.0  # bounds on harm, fixed before the runs
 def harm(rule: Iterable[float], full: Iterable[float], none: Iterable[float], confidence: float = 0.95) -> Harm:
     """``(L_rule - L_full) / (L_none - L_full)`` over paired seeds: 0 for the exact pass, 1 for untrained Q and K.
 
-    rule, full, none: final validation losses, in the same order of seeds (two or more). The ratio is that of means, its
-    interval Fieller's (1954), which is exact for normal differences. The verdict is ``undecided`` where the interval
-    of ``L_none - L_full`` touches zero or lies below (that of the ratio is then unbounded), ``tolerable`` where the
-    upper end of the ratio's interval is at most 0.25, ``catastrophic`` where its lower end is at least 1, and else
-    ``costly``. A loss that is not finite (a diverged run) makes the rule catastrophic.
+    rule, full, none: final validation losses, in the same order of seeds (two or more), inf for a run that diverged.
+    The ratio is that of means, its interval Fieller's (1954), which is exact for normal differences. The verdict, in
+    this order:
+
+    ``undecided``     the interval of ``L_none - L_full`` touches zero or lies below, or one of the two diverged
+    ``catastrophic``  a run of the rule diverged, or the lower end of the ratio's interval is at least 1
+    ``tolerable``     its upper end is at most 0.25
+    ``undetermined``  it reaches from below 0.25 to above 1
+    ``costly``        otherwise
 
     >>> full, none = [2.0, 2.1, 1.9], [3.0, 3.1, 2.9]
     >>> [harm(losses, full, none).verdict for losses in ([2.05, 2.1, 2.0], [2.4, 2.6, 2.5], [3.5, 3.6, 3.4])]
     ['tolerable', 'costly', 'catastrophic']
-    >>> harm([2.0, 2.1, 2.0], full, [2.1, 2.0, 1.9]).verdict
-    'undecided'
+    >>> harm([2.0, 2.1, 2.0], full, [2.1, 2.0, 1.9]).verdict, harm([2.0, 3.1, 2.6], full, none).verdict
+    ('undecided', 'undetermined')
     """
-    rule, full, none = (np.asarray(list(losses), dtype=float) for losses in (rule, full, none))
+    losses = [np.asarray(list(values), dtype=float) for values in (rule, full, none)]
+    rule, full, none = losses
     n = len(full)
     if not len(rule) == n == len(none) or n < 2:
         raise ValueError(f"harm needs the same seeds, two or more, of each: got {len(rule)}, {n} and {len(none)}")
-    excess, scale = rule - full, none - full
+    if np.isnan(losses).any():
+        raise ValueError("a loss is NaN: leave a missing seed out of all three, and write inf where a run diverged")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence={confidence} is not a probability between 0 and 1, such as 0.95")
+    if not np.isfinite([full, none]).all():
+        return Harm(math.nan, math.nan, math.nan, "undecided")
+    scale = none - full
     t = student_t.ppf((1 + confidence) / 2, n - 1)
     if not scale.mean() > t * scale.std(ddof=1) / math.sqrt(n):
         return Harm(math.nan, math.nan, math.nan, "undecided")
     if not np.isfinite(rule).all():
         return Harm(math.inf, math.inf, math.inf, "catastrophic")
+    excess = rule - full
     # Fieller: all h for which mean(excess - h scale) is within t standard errors of zero, a quadratic in h
     (vee, ves), (_, vss) = np.cov(excess, scale) * t**2 / n
     a = scale.mean() ** 2 - vss
@@ -827,17 +1073,121 @@ def harm(rule: Iterable[float], full: Iterable[float], none: Iterable[float], co
     c = excess.mean() ** 2 - vee
     root = math.sqrt(max(b * b - a * c, 0))
     low, high = (b - root) / a, (b + root) / a
-    verdict = "tolerable" if high <= TOLERABLE else "catastrophic" if low >= CATASTROPHIC else "costly"
+    if low >= CATASTROPHIC:
+        verdict = "catastrophic"
+    elif high <= TOLERABLE:
+        verdict = "tolerable"
+    else:
+        verdict = "undetermined" if low < TOLERABLE and high > CATASTROPHIC else "costly"
     return Harm(excess.mean() / scale.mean(), low, high, verdict)
 
 
+RECALL = RecallTask()
+TASKS = {  # what is learnt, by which shape of model, for how long
+    "shakespeare": {"data": "shakespeare_char", "batch_size": 32, "steps": 500, "shape": {}},
+    "recall": {
+        "data": RECALL,
+        "batch_size": 64,
+        "steps": 3000,
+        "shape": {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": RECALL.block_size},
+    },
+}
+# the table of runs: what determines one, how it ended, what made it
+KEY = {"task": str, "method": str, "softmax_backward": str, "attn_mode": str}
+KEY |= {"feedback_scale": float, "lr": float, "steps": int, "seed": int}
+SYMPTOMS = ["accuracy", "cos_scores", "cos_q", "cos_k", "row_sum", "common_mode", "q_norm", "k_norm"]
+COLUMNS = [*KEY, "status", "val_loss", *SYMPTOMS, "curve", "data", "code", "seconds", "machine", "torch"]
+RESULTS = DATA / "results.csv"
 GROUP = ["task", "method", "attn_mode", "steps"]  # what a rule is compared within
-FIRST_TUNING_SEED = 100  # in data/results.csv: smaller seeds are tests, from here on they chose the learning rate
+FIRST_TUNING_SEED = 100  # smaller seeds are tests, from here on they chose the learning rate
 
 
-def load_results() -> pd.DataFrame:
-    """data/results.csv, the table that data/sweep.py fills in: one row a run, the tuning runs included."""
-    return pd.read_csv(DATA / "results.csv")
+def row_code(task: str, **rules: str) -> str:
+    """The fingerprint of a task and of the code by which a run under these ``REGISTRIES`` would be made now."""
+    data = TASKS[task]["data"]
+    code = training_code(LocalGPTConfig(**rules), Corpus if isinstance(data, str) else type(data), symptoms)
+    return fingerprint(code, TASKS[task])[:12]
+
+
+def made_by(results: pd.DataFrame) -> pd.Series:
+    """What made each run of the table: "this" code, "other" code, or "unknown" code (before rows named it)."""
+    made = pd.Series("unknown", index=results.index, dtype=object)
+    for (task, *rules), runs in results[results["code"] != ""].groupby(["task", *REGISTRIES]):
+        try:
+            now = row_code(task, **dict(zip(REGISTRIES, rules, strict=True)))
+        except (KeyError, ValueError):  # a task or a rule that is not here
+            now = None
+        made[runs.index] = np.where(runs["code"] == now, "this", "other")
+    return made
+
+
+def provenance(results: pd.DataFrame) -> str:
+    """A sentence on which code made the runs; to be shown wherever their numbers are.
+
+    >>> provenance(pd.DataFrame([dict.fromkeys([*KEY, "code"], "")] * 2))
+    '2 runs: 2 from before runs named their code'
+    """
+    words = {"this": "by this code", "other": "by OTHER code", "unknown": "from before runs named their code"}
+    counts = made_by(results).value_counts()
+    return f"{len(results)} runs: " + ", ".join(f"{counts[made]} {words[made]}" for made in words if made in counts)
+
+
+def load_results(path: Path = RESULTS) -> pd.DataFrame:
+    """The table that data/sweep.py fills in: one row a run, the tuning runs included.
+
+    ``status`` is ok, diverged (``val_loss`` is inf) or failed (and why; ``val_loss`` is NaN). ``code`` is the
+    fingerprint of the code that made the row, empty in rows from before there was one. Raises FileNotFoundError where
+    there is no table, and ValueError on what is none, see also ``check_results``.
+    """
+
+    def damaged(what: str) -> ValueError:
+        return ValueError(f"{path.name} is damaged: {what}; correct it, take it from git again, or delete it")
+
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}: take it from git again, or make it with 'make sweep' (hours)")
+    text = path.read_text()
+    reader = csv.DictReader(io.StringIO(text))
+    if sorted(reader.fieldnames or []) != sorted(COLUMNS):
+        odd = sorted({*COLUMNS}.symmetric_difference(reader.fieldnames or []))
+        raise damaged(f"it is empty, or its columns are not those of data/sweep.py: look for {', '.join(odd)}")
+    if not text.endswith("\n"):
+        raise damaged("its last line is cut off")
+    rows = []
+    for row in reader:
+        needed = [*KEY, "status", "data", "seconds", "machine", "torch"]
+        if None in row or None in row.values() or not all(row[name] for name in needed):
+            raise damaged(f"line {reader.line_num} has too many or too few values")
+        try:
+            row |= {name: kind(row[name]) for name, kind in KEY.items()}
+            row |= {name: float(row[name] or "nan") for name in ("val_loss", "seconds", *SYMPTOMS)}
+        except ValueError as error:
+            raise damaged(f"in line {reader.line_num}, {error}") from error
+        rows.append(row)
+    results = pd.DataFrame(rows, columns=COLUMNS).astype(KEY)
+    results["val_loss"] = results["val_loss"].astype(float).where(results["status"] != "diverged", math.inf)
+    return check_results(results)
+
+
+def check_results(results: pd.DataFrame) -> pd.DataFrame:
+    """The table as it is; ValueError names a run that is there twice, or on other data, or without what it claims."""
+
+    def refuse(wrong: pd.Series, what: str) -> None:
+        for row in results[wrong].itertuples():
+            run = ", ".join(f"{name}={getattr(row, name)}" for name in KEY)
+            raise ValueError(f"the table of results holds a run that {what}: {run}; delete that row")
+
+    refuse(results.duplicated([*KEY]), "is there twice")
+    usual = results.groupby("task")["data"].transform(lambda data: data.mode().iloc[0])
+    refuse(results["data"] != usual, "is of other data than the other runs of its task")
+    codes = results.groupby([*GROUP, "softmax_backward"])["code"]
+    refuse(codes.transform("nunique") > 1, "was not made by the same code as others of its rule")
+    failed = results["status"].str.startswith("failed")
+    refuse(~failed & ~results["status"].isin(["ok", "diverged"]), "is neither ok nor diverged nor failed")
+    expected = {"ok": np.isfinite, "diverged": np.isposinf}
+    for status, holds in expected.items():
+        refuse((results["status"] == status) & ~holds(results["val_loss"]), f"is {status} and has another loss")
+    refuse(failed & results["val_loss"].notna(), "failed and has a loss")
+    return results
 
 
 class Settings(NamedTuple):
@@ -851,15 +1201,15 @@ class Settings(NamedTuple):
 def best_settings(tuning: pd.DataFrame) -> Settings:
     """Feedback scale and learning rate of the lowest mean validation loss among runs; NaN where there are none.
 
-    A run that diverged or failed has no loss and counts as infinitely bad.
+    A run that diverged has the loss inf; where one is missing (NaN: it failed), nothing can be chosen.
 
-    >>> runs = pd.DataFrame({"feedback_scale": 1.0, "lr": [1e-3, 1e-3, 3e-3, 3e-3], "val_loss": [2.1, 2.3, 2.0, None]})
-    >>> best_settings(runs)
+    >>> losses = [2.1, 2.3, 2.0, math.inf]
+    >>> best_settings(pd.DataFrame({"feedback_scale": 1.0, "lr": [1e-3, 1e-3, 3e-3, 3e-3], "val_loss": losses}))
     Settings(feedback_scale=1.0, lr=0.001, loss=2.2)
     """
-    if tuning.empty:
+    losses = tuning.groupby(["feedback_scale", "lr"])["val_loss"].mean(skipna=False)
+    if losses.empty or losses.isna().any():
         return Settings(math.nan, math.nan, math.nan)
-    losses = tuning["val_loss"].fillna(math.inf).groupby([tuning["feedback_scale"], tuning["lr"]]).mean()
     return Settings(*map(float, losses.idxmin()), float(losses.min()))
 
 
@@ -869,13 +1219,15 @@ def harm_table(results: pd.DataFrame) -> pd.DataFrame:
     Each rule is judged by its test seeds at the learning rate that its tuning seeds chose (and the feedback scale that
     those of ``full`` chose). Losses and symptoms are means over the test seeds (``loss_sd``: standard deviation), harm
     comes with its interval. The verdict is ``missing`` where the test seeds of the rule, of ``full`` or of ``none`` are
-    not all there.
+    not all there, or a run failed. Raises ValueError on what ``check_results`` refuses.
     """
     rows = []
-    for group, runs in results.groupby(GROUP, sort=False):
+    for group, runs in check_results(results).groupby(GROUP, sort=False):
         tuning, tests = runs[runs["seed"] >= FIRST_TUNING_SEED], runs[runs["seed"] < FIRST_TUNING_SEED]
         scale = best_settings(tuning[tuning["softmax_backward"] == "full"]).feedback_scale
-        by_rule = tuning[tuning["feedback_scale"] == scale].groupby("softmax_backward", sort=False)
+        if not math.isnan(scale):
+            tuning = tuning[tuning["feedback_scale"] == scale]
+        by_rule = tuning.groupby("softmax_backward", sort=False)
         lrs = {rule: best_settings(tried).lr for rule, tried in by_rule}
         tests = tests[(tests["feedback_scale"] == scale) & (tests["lr"] == tests["softmax_backward"].map(lrs))]
         tests = {rule: tests[tests["softmax_backward"] == rule].set_index("seed").sort_index() for rule in lrs}
@@ -884,7 +1236,7 @@ def harm_table(results: pd.DataFrame) -> pd.DataFrame:
             # losses are compared seed by seed
             complete = all(other is not None and other.index.equals(part.index) for other in references)
             result = Harm(math.nan, math.nan, math.nan, "missing")
-            if complete and len(part) > 1:
+            if complete and len(part) > 1 and not any(p["val_loss"].isna().any() for p in (part, *references)):
                 result = harm(part["val_loss"], *(other["val_loss"] for other in references))
                 if rule in ("full", "none") and result.verdict != "undecided":
                     result = result._replace(verdict="reference")
@@ -893,8 +1245,7 @@ def harm_table(results: pd.DataFrame) -> pd.DataFrame:
             ends = tried["lr"].min(), tried["lr"].max()
             row |= {"lr_tried": "{:g} to {:g}".format(*ends), "lr_at_end": lrs[rule] in ends}
             row |= {"loss": part["val_loss"].mean(), "loss_sd": part["val_loss"].std(), **result._asdict()}
-            names = ["accuracy", "cos_scores", "cos_q", "cos_k", "row_sum", "common_mode", "q_norm", "k_norm"]
-            rows.append(row | part[names].mean().to_dict())
+            rows.append(row | part[SYMPTOMS].mean().to_dict())
     return pd.DataFrame(rows)
 
 
@@ -1035,7 +1386,8 @@ def plot_harm(table: pd.DataFrame) -> np.ndarray:
     _, axes = plt.subplots(len(groups), 1, figsize=size, sharex=True, squeeze=False, height_ratios=heights)
     axes = axes[:, 0]
     colors = {"tolerable": COLORS["sign_sym"], "costly": "#9A6700", "catastrophic": COLORS["offdiag"]}
-    markers = {"tolerable": "o", "costly": "s", "catastrophic": "X"}  # not by colour alone
+    colors["undetermined"] = "#777777"
+    markers = {"tolerable": "o", "costly": "s", "catastrophic": "X", "undetermined": "D"}  # not by colour alone
     for ax, ((task, method, attn_mode, steps), part) in zip(axes, groups, strict=True):
         part = part.sort_values("harm", ascending=False)
         for position, row in enumerate(part.itertuples()):
@@ -1055,7 +1407,3 @@ def plot_harm(table: pd.DataFrame) -> np.ndarray:
     axes[-1].margins(x=0.2)
     axes[-1].set_xlabel("harm (0: full, 1: Q and K never trained)")
     return axes
-
-
-for _code in (model_local, train, get_batch, evaluate, Corpus, RecallTask, alignment, symptoms):
-    _source(_code)  # all that a checkpoint's name depends on

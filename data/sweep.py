@@ -5,7 +5,10 @@
     python data/sweep.py --plan small          a small plan, to try it out in a minute
 
 Interrupt and call again at any moment: finished runs stay, the others are taken up again. Two calls at once share the
-work. A run that diverges or fails is a row that says so; delete the row to have it tried again.
+work. A run that diverges or fails is a row that says so; delete the row to have it tried again. Rules that are compared
+must have been trained by one code: where the table has rows of a group (task, method, attention, steps) that are not by
+the code as it is now, nothing is added to this group; delete its rows to have all of it trained anew, or fill in
+another table (--results).
 """
 
 from __future__ import annotations
@@ -15,11 +18,13 @@ import csv
 import dataclasses
 import hashlib
 import io
+import os
 import platform
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,51 +36,27 @@ from filelock import FileLock, Timeout
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from tqdm import tqdm
 
-from helpers import DATA, Corpus, RecallTask, Settings, best_settings, load_corpus, save_atomically, symptoms, train
-from model_local import LocalGPTConfig
+from helpers import (
+    COLUMNS,
+    FIRST_TUNING_SEED,
+    GROUP,
+    KEY,
+    REGISTRIES,
+    RESULTS,
+    TASKS,
+    Settings,
+    best_settings,
+    load_corpus,
+    load_results,
+    made_by,
+    row_code,
+    save_atomically,
+    symptoms,
+    train,
+)
 
-RESULTS = DATA / "results.csv"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What determines one run; together the key of its row."""
-
-    task: str
-    method: str
-    softmax_backward: str
-    attn_mode: str
-    feedback_scale: float
-    lr: float
-    steps: int
-    seed: int
-
-
-KEY = {field.name: field.type for field in dataclasses.fields(Cell)}
-OUTCOMES = [
-    "status", "val_loss", "accuracy", "cos_scores", "cos_q", "cos_k", "row_sum", "common_mode", "q_norm", "k_norm",
-    "curve", "data", "seconds", "machine", "torch",
-]  # fmt: skip
-COLUMNS = [*KEY, *OUTCOMES]
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is learnt, by which shape of model, for how long."""
-
-    data: Callable[[], Corpus | RecallTask]
-    batch_size: int
-    steps: int
-    shape: dict[str, int]
-
-
-RECALL = RecallTask()
-TASKS = {
-    "shakespeare": Task(lambda: load_corpus("shakespeare_char"), 32, 500, {}),
-    "recall": Task(
-        lambda: RECALL, 64, 3000, {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": RECALL.block_size}
-    ),
-}
+# what determines one run; those that the model's config has too are for it
+Cell = dataclasses.make_dataclass("Cell", KEY.items(), frozen=True)
 
 # ---- the plan ------------------------------------------------------------------------------------------------------
 
@@ -105,6 +86,12 @@ class Plan:
     scales: tuple[float, ...] = (0.5, 1.0, 2.0)
     tuning_seeds: tuple[int, ...] = (100, 101)
     test_seeds: tuple[int, ...] = tuple(range(5))
+
+    def __post_init__(self) -> None:
+        if not (self.lrs and self.scales and self.tuning_seeds and self.test_seeds):
+            raise ValueError(f"{self} has an empty grid or no seeds")
+        if not max(self.test_seeds) < FIRST_TUNING_SEED <= min(self.tuning_seeds):
+            raise ValueError(f"tuning seeds start at {FIRST_TUNING_SEED} and test seeds end below: {self}")
 
     def wanted(self, results: pd.DataFrame, guess: bool = False) -> list[Cell]:
         """The cells that can be named by now: test runs only once the tuning runs before them are there.
@@ -139,7 +126,7 @@ class Plan:
                 for seed in self.tuning_seeds
             ]
             rows = pd.DataFrame(cells).merge(results, on=list(KEY), how="left")
-            if rows["status"].isna().any():
+            if rows["val_loss"].isna().any():  # not there yet, or failed: then no choice can be made
                 return cells, None
             best = best_settings(rows)
             if best.lr == lrs[0] and any(lr < lrs[0] for lr in self.more_lrs):
@@ -155,7 +142,7 @@ SURROGATES = ("zero", "mean", "running", "diagonal_mean", "diagonal_running", "d
 
 
 def _groups(task: str, methods: Iterable[str], rules: Iterable[str], attn_mode: str = "softmax", steps: int = 0):
-    return tuple((task, m, rule, attn_mode, steps or TASKS[task].steps) for m in methods for rule in rules)
+    return tuple((task, m, rule, attn_mode, steps or TASKS[task]["steps"]) for m in methods for rule in rules)
 
 
 # first what the verdict needs, then what goes beyond it
@@ -175,33 +162,53 @@ PLANS["small"] = Plan(TRIAL, lrs=(1e-3,), more_lrs=(), tuning_seeds=(100,), test
 # ---- one run -------------------------------------------------------------------------------------------------------
 
 
-def run(cell: Cell, device: str = "cpu", results: Path = RESULTS) -> dict | None:
-    """Train one cell and return its row; None where another process is at it, or was since the list was made."""
+def run(cell: Cell, device: str = "cpu", results: Path = RESULTS, parent: int | None = None) -> dict | None:
+    """Train one cell and return its row; None where another process is at it, or was since the list was made.
+
+    ``parent`` is the process that asks: where it is the one that started this one, they end together.
+    """
+    if os.getppid() == parent:
+        _end_with(parent)
     locks = results.parent / ".locks"
     locks.mkdir(parents=True, exist_ok=True)
     name = hashlib.sha256(repr((cell, results.name)).encode()).hexdigest()[:16]
     try:
         with FileLock(locks / name, blocking=False):  # ends with the process that holds it, however that ends
-            return None if cell in cells_of(read(results)) else _run(cell, device)
+            return None if cell in cells_of(load_results(results)) else _run(cell, device)
     except Timeout:
         return None
+
+
+def _end_with(parent: int) -> None:
+    """A worker whose sweep was killed would train on for nobody."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    if "watch" not in {thread.name for thread in threading.enumerate()}:
+        threading.Thread(target=watch, name="watch", daemon=True).start()
 
 
 def _run(cell: Cell, device: str) -> dict:
     torch.set_num_threads(1)  # the cores are shared out to runs
     task = TASKS[cell.task]
-    data = task.data()
-    names = ("method", "softmax_backward", "attn_mode", "feedback_scale")
-    config = LocalGPTConfig(vocab_size=data.vocab_size, **task.shape, **{name: getattr(cell, name) for name in names})
+    data = task.load()
+    config = task.config(cell, data.vocab_size)
     start = time.perf_counter()
-    row = dataclasses.asdict(cell) | {"data": data.sha256[:12], "torch": str(torch.__version__)}
+    row = dataclasses.asdict(cell) | {
+        "data": data.sha256[:12],
+        "code": task.code(cell),
+        "torch": str(torch.__version__),
+    }
     row["machine"] = torch.cuda.get_device_name() if device == "cuda" else f"CPU {platform.machine()}"
     try:
         done = train(
             config,
             cell.steps,
             cell.lr,
-            task.batch_size,
+            task["batch_size"],
             cell.seed,
             data,
             eval_every=max(1, cell.steps // 10),
@@ -217,7 +224,7 @@ def _run(cell: Cell, device: str) -> dict:
         traceback.print_exc()
     else:
         at_end = {metric: done.series(metric) for metric in done.history["metric"].unique()}
-        row |= {metric: at_end[metric].iloc[-1] for metric in OUTCOMES if metric in at_end}
+        row |= {metric: at_end[metric].iloc[-1] for metric in COLUMNS if metric in at_end}
         for cosine in ("cos_scores", "cos_q", "cos_k", "row_sum"):  # over training, not its last moment
             if cosine in at_end:
                 row[cosine] = at_end[cosine].mean()
@@ -230,48 +237,57 @@ def _run(cell: Cell, device: str) -> dict:
 # ---- the table -----------------------------------------------------------------------------------------------------
 
 
-def read(results: Path = RESULTS) -> pd.DataFrame:
-    """The table, one row a run; empty where there is none yet."""
-    if not results.exists():
-        return pd.DataFrame(columns=COLUMNS).astype(KEY)
-    return pd.read_csv(results, dtype=KEY)
-
-
 def cells_of(table: pd.DataFrame) -> set[Cell]:
     return {Cell(*values) for values in table[[*KEY]].itertuples(index=False)}
 
 
+def code_of(cell: Cell) -> str:
+    return row_code(cell.task, **{name: getattr(cell, name) for name in REGISTRIES})
+
+
+def group_of(cell: Cell) -> tuple:
+    return tuple(getattr(cell, name) for name in GROUP)
+
+
 def append(row: dict, results: Path) -> None:
-    """Add a row, all of it or nothing, unless its cell is there already."""
+    """Add a row, all of it or nothing, unless its cell is there already; RuntimeError if other code made it."""
+    cell = Cell(*(row[name] for name in KEY))
+    if row["code"] != code_of(cell):
+        raise RuntimeError(f"a worker's code is not this process's: start the sweep again, everywhere ({cell})")
     with FileLock(results.with_suffix(".lock")):
-        if Cell(*(row[name] for name in KEY)) in cells_of(read(results)):
+        if cell in cells_of(load_results(results)):
             return
-        text = results.read_text().rstrip("\n") if results.exists() else ",".join(COLUMNS)
-        line = io.StringIO()
+        text, line = results.read_text(), io.StringIO()
         digits = {name: 15 if name in KEY else 6 for name in row}  # the key must come back as it was
         values = {name: f"{v:.{digits[name]}g}" if isinstance(v, float) else v for name, v in row.items()}
-        header = text.partition("\n")[0].split(",")  # a table of other columns is refused
-        csv.DictWriter(line, header, lineterminator="\n").writerow(values)
-        save_atomically(results, lambda file: file.write(f"{text}\n{line.getvalue()}".encode()))
+        csv.DictWriter(line, text.partition("\n")[0].split(","), lineterminator="\n").writerow(values)
+        save_atomically(results, lambda file: file.write(f"{text}{line.getvalue()}".encode()))
 
 
 def sweep(plan: Plan, results: Path = RESULTS, jobs: int = -1, device: str = "cpu") -> None:
     """Run what is missing, stage by stage (tuning, then tests), through joblib's back end of the moment."""
     results = results.resolve()  # a worker may be elsewhere
     results.parent.mkdir(parents=True, exist_ok=True)
+    if not results.exists():
+        save_atomically(results, lambda file: file.write(f"{','.join(COLUMNS)}\n".encode()))
+    table = load_results(results)
+    others = set(table.loc[made_by(table) != "this", GROUP].itertuples(index=False, name=None))
+    for group in others.intersection(map(group_of, plan.wanted(table, guess=True))):
+        print(f"left as other code made it: {', '.join(map(str, group))} (see --help)", file=sys.stderr)
     deaths = 0
     with tqdm(desc="sweep", unit="run", smoothing=0) as bar:
         while True:
-            table = read(results)
-            done, everything = cells_of(table), plan.wanted(table, guess=True)
+            table = load_results(results)
+            done = cells_of(table)
+            everything = [cell for cell in plan.wanted(table, guess=True) if group_of(cell) not in others]
             bar.total = len(everything)
             bar.update(len(done.intersection(everything)) - bar.n)  # by others as well
             bar.initial = bar.initial or bar.n
-            cells = [cell for cell in plan.wanted(table) if cell not in done]
+            cells = [cell for cell in plan.wanted(table) if cell not in done and group_of(cell) not in others]
             if not cells:
                 return
             finished = 0
-            work = (joblib.delayed(run)(cell, device, results) for cell in cells)
+            work = (joblib.delayed(run)(cell, device, results, os.getpid()) for cell in cells)
             try:
                 for row in joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")(work):
                     if row:
@@ -307,7 +323,9 @@ def main() -> None:
             sweep(PLANS[args.plan], args.results, args.jobs, args.device)
     except KeyboardInterrupt:
         sys.exit("interrupted: finished runs are in the table, call again to go on")
-    print(f"{args.results}: {len(read(args.results))} runs, nothing missing")
+    table = load_results(args.results)
+    failed = int(table["status"].str.startswith("failed").sum())
+    print(f"{args.results}: {len(table)} runs, {f'{failed} of them failed' if failed else 'nothing missing'}")
 
 
 if __name__ == "__main__":

@@ -479,7 +479,7 @@ def test_a_meta_of_any_protocol_that_nanogpt_has_used_is_read(data, protocol):
         (lambda tokens: tokens.astype(">u2"), "holds the token id"),
         (lambda tokens: tokens.astype("u1"), "bytes|holds the token id"),
         (lambda tokens: tokens.astype("f4"), "holds the token id"),
-        (lambda tokens: tokens + len(ITOS), "holds the token id"),
+        (lambda tokens: tokens + 1, f"holds the token id {len(ITOS)}"),
         (lambda tokens: tokens[:0], "has 0 bytes"),
         (lambda tokens: np.frombuffer(tokens.tobytes() + b"\0", "u1"), "not a positive number of 2-byte"),
     ],
