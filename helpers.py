@@ -1310,7 +1310,7 @@ def set_style() -> None:
     """The look of every figure and table in the report; called once a notebook."""
     pd.set_option("display.max_rows", None, "display.max_columns", None)
     inline = InlineBackend.instance()
-    inline.print_figure_kwargs = {"bbox_inches": "tight", "metadata": {"Date": None}}
+    inline.print_figure_kwargs = {"bbox_inches": "tight", "metadata": {"Date": None, "Creator": None}}
     inline.figure_formats = {"svg"}
     sns.set_theme(context="notebook", style="ticks", palette=list(COLORS.values()))
     plt.rcParams.update(
@@ -1392,6 +1392,12 @@ def plot_harm(table: pd.DataFrame) -> np.ndarray:
         part = part.sort_values("harm", ascending=False)
         for position, row in enumerate(part.itertuples()):
             style = {"color": colors[row.verdict]}
+            if math.isinf(row.harm):  # a seed diverged: at the edge, beyond every scale
+                edge = ax.get_yaxis_transform()
+                ax.plot(1, position, ">", transform=edge, clip_on=False, **style)
+                place = {"xytext": (-8, 0), "textcoords": "offset points", "va": "center", "ha": "right"}
+                ax.annotate("diverged", (1, position), xycoords=edge, fontsize="small", **place, **style)
+                continue
             ax.plot([row.low, row.high], [position] * 2, linewidth=2, **style)
             face = "white" if row.lr_at_end else style["color"]  # a rate beyond might have been better
             ax.plot(row.harm, position, markers[row.verdict], markerfacecolor=face, **style)
