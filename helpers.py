@@ -496,6 +496,8 @@ def train(
     data = load_corpus() if data is None else data
     if not isinstance(data, Corpus | RecallTask):
         raise TypeError(f"data={data!r} is neither a corpus nor a task: write data=load_corpus() or data=RecallTask()")
+    if not callable(measure):
+        raise TypeError(f"measure={measure!r} is no function of (model, x, y)")
     if config.vocab_size != data.vocab_size:
         raise ValueError(
             f"config.vocab_size={config.vocab_size} and the data {data.name!r} have {data.vocab_size}: "
@@ -504,8 +506,8 @@ def train(
     settings = {"steps": steps, "batch_size": batch_size, "eval_every": eval_every, "seed": seed, "lr": lr}
     for name, value in settings.items():  # NumPy's numbers are welcome, and 500.0 steps
         least = {"seed": 0, "lr": math.nextafter(0, 1)}.get(name, 1)
-        number = isinstance(value, Real) and not isinstance(value, bool) and least <= value < 2**63
-        if not number or (name != "lr" and value % 1):
+        number = isinstance(value, Real) and not isinstance(value, bool) and least <= value < math.inf
+        if not number or (name != "lr" and (value % 1 or value >= 2**63)):
             expected = "a positive number" if name == "lr" else f"a whole number from {least} up"
             raise ValueError(f"{name}={value!r} is not {expected}")
         settings[name] = float(value) if name == "lr" else int(value)
@@ -1193,7 +1195,8 @@ def harm_table(results: pd.DataFrame) -> pd.DataFrame:
             row |= {"feedback_scale": scale, "lr": lrs[rule]}
             ends = tried["lr"].min(), tried["lr"].max()
             row |= {"lr_tried": "{:g} to {:g}".format(*ends), "lr_at_end": lrs[rule] in ends}
-            row |= {"loss": part["val_loss"].mean(), "loss_sd": part["val_loss"].std(), **result._asdict()}
+            with np.errstate(invalid="ignore"):  # a diverged run's loss is inf, and has no deviation
+                row |= {"loss": part["val_loss"].mean(), "loss_sd": part["val_loss"].std(), **result._asdict()}
             rows.append(row | part[SYMPTOMS].mean().to_dict())
     return pd.DataFrame(rows)
 
