@@ -6,13 +6,13 @@ PY := .venv/bin/python
 SITE := report/.work/site
 HTML := report/.work/html
 SINGLE := report/.work/single
-CORPUS := report/.work/corpus.txt
+TEXT_READY := report/.work/corpus.txt
 NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb)) notebooks/index.ipynb
 EXECUTED := $(NOTEBOOKS:notebooks/%=$(SITE)/%)
 PAGES := $(wildcard notebooks/*.md)
 SPHINX := $(PY) -m sphinx -q -W --keep-going -E -c notebooks
 
-.PHONY: help report test test-report lab sweep bench notebooks setup lint clean FORCE
+.PHONY: help report pages test test-report lab sweep bench notebooks setup installed lint clean FORCE
 .DELETE_ON_ERROR:
 # In their order: a notebook may load what an earlier one has trained.
 .NOTPARALLEL:
@@ -20,28 +20,31 @@ SPHINX := $(PY) -m sphinx -q -W --keep-going -E -c notebooks
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
 
-report: report/index.html  ## set up, execute the notebooks, render report/index.html: only what changed
+report: .venv/.ready  ## set up, execute the notebooks, render report/index.html: only what changed
+	@$(PY) notebooks/alone.py report/.lock $(MAKE) --no-print-directory pages
+
+pages: report/index.html
 	@echo "Seconds that each notebook took when it was last executed:"
 	@cat $(EXECUTED:.ipynb=.time)
 	@echo "The report: $(CURDIR)/report/index.html"
 
-test: .venv/.ready $(CORPUS)  ## set up, then run every notebook and every example as a test
+test: .venv/.ready $(TEXT_READY)  ## set up, then run every notebook and every example as a test
 	$(PY) -m pytest
 
 test-report: report  ## test the report in a browser: pages, links, formulas, accessibility
-	$(PY) -m pytest -o addopts= -rs .ci/test_report.py
+	$(PY) -m pytest -o addopts= -rs notebooks/tests/test_report.py
 
-lab: .venv/.ready $(CORPUS)  ## open the notebooks in JupyterLab
+lab: .venv/.ready $(TEXT_READY)  ## open the notebooks in JupyterLab
 	$(PY) -m jupyterlab notebooks
 
-sweep: .venv/.ready $(CORPUS)  ## train the runs that data/results.csv still misses (hours)
+sweep: .venv/.ready $(TEXT_READY)  ## train the runs that data/results.csv still misses (hours)
 	$(PY) data/sweep.py
 
-bench: .venv/.ready $(CORPUS)  ## measure what the local rules and the capture cost
-	$(PY) .ci/bench.py
+bench: .venv/.ready $(TEXT_READY)  ## measure what the local rules and the capture cost
+	$(PY) data/bench.py
 
-notebooks: .venv/.ready $(CORPUS)  ## execute the notebooks in place, to store new outputs (for developers)
-	$(PY) .ci/execute.py $(NOTEBOOKS)
+notebooks: .venv/.ready $(TEXT_READY)  ## execute the notebooks in place, to store new outputs (for developers)
+	$(PY) notebooks/execute.py $(NOTEBOOKS)
 
 setup: .venv/.ready  ## only create .venv, with everything installed
 
@@ -57,29 +60,39 @@ clean:  ## remove the report and caches; .venv and data/ stay
 	    { echo "There is no $(PYTHON) here: install Python 3.11 or newer, or say make PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "$(PYTHON) is Python " + sys.version.split()[0] \
 	    + ": install Python 3.11 or newer, or say make PYTHON=/path/to/python3")'
+	@$(PYTHON) notebooks/alone.py .venv/.lock $(MAKE) --no-print-directory installed
+	@touch $@
+
+installed:
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --disable-pip-version-check -r requirements.txt
 	$(PY) -m pip install --disable-pip-version-check --no-deps -e .
-	@touch $@
+
+# make report TEXT=my.txt, and likewise test and lab: on a text of one's own. The quotes are for paths with spaces.
+ifeq ($(origin TEXT), command line)
+export CORPUS := own_text
+PREPARE := --text="$$TEXT" --name $(CORPUS)
+else
+export CORPUS := shakespeare_char
+PREPARE := $(CORPUS)
+endif
 
 # Looked at every time, but changed only when the corpus is another one.
-$(CORPUS): .venv/.ready FORCE
+$(TEXT_READY): .venv/.ready FORCE
 	@mkdir -p $(@D)
-	@$(PY) data/prepare.py > $@.new
+	@$(PY) data/prepare.py $(PREPARE) > $@.new
 	@cat $@.new
 	@cmp -s $@.new $@ || mv $@.new $@
 
-$(SITE)/%.ipynb: notebooks/%.ipynb notebooks/exercises.py helpers.py model_local.py data/results.csv .venv/.ready $(CORPUS) \
-    $(wildcard data/*/meta.pkl)
+$(SITE)/%.ipynb: notebooks/%.ipynb notebooks/exercises.py helpers.py model_local.py data/results.csv .venv/.ready $(TEXT_READY)
 	@mkdir -p $(@D)
-	@$(PY) .ci/execute.py $< --output-dir $(@D) > $(@:.ipynb=.time)
+	@$(PY) notebooks/execute.py $< --output-dir $(@D) > $(@:.ipynb=.time)
 	@cat $(@:.ipynb=.time)
 
-report/index.html: $(EXECUTED) $(PAGES) $(wildcard notebooks/_static/*) notebooks/references.bib notebooks/conf.py .ci/single_file.py Makefile
+report/index.html: $(EXECUTED) $(PAGES) $(wildcard notebooks/_static/*) notebooks/references.bib notebooks/conf.py notebooks/single_file.py notebooks/publish.py Makefile
 	@rm -rf $(HTML) $(SINGLE) $(filter-out $(EXECUTED),$(wildcard $(SITE)/*.ipynb $(SITE)/*.md))
 	@cp $(PAGES) $(SITE)
 	$(SPHINX) -d report/.work/doctrees $(SITE) $(HTML)
 	$(SPHINX) -b singlehtml -d report/.work/doctrees-single $(SITE) $(SINGLE)
-	$(PY) .ci/single_file.py $(SINGLE)/index.html $(HTML)/one-file.html
-	@rm -rf report/*
-	@mv $(HTML)/* report
+	$(PY) notebooks/single_file.py $(SINGLE)/index.html $(HTML)/one-file.html
+	@$(PY) notebooks/publish.py $(HTML) report

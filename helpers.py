@@ -7,7 +7,6 @@ in ``model_local``; nothing here knows which rule is at work.
 from __future__ import annotations
 
 import ast
-import base64
 import csv
 import dataclasses
 import dis
@@ -21,6 +20,7 @@ import linecache
 import math
 import os
 import pickle
+import pickletools
 import re
 import shutil
 import sys
@@ -32,7 +32,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from html import escape
+from decimal import Decimal
 from numbers import Real
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
@@ -43,9 +43,9 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
-from IPython.display import display
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm, Normalize, SymLogNorm
+from matplotlib.colors import Normalize, SymLogNorm
+from matplotlib_inline.config import InlineBackend
 from scipy.stats import t as student_t
 from torch import Tensor
 from torch.nn import functional as F
@@ -72,7 +72,7 @@ DATA = ROOT / "data"
 # 1. Data: a corpus is a folder in nanoGPT's layout (train.bin, val.bin, meta.pkl), made by data/prepare.py
 # ---------------------------------------------------------------------------------------------------------------------
 
-DEFAULT_CORPORA = ("shakespeare_char", "python_reference")  # the first that is there is used
+SHAKESPEARE_SHA256 = "56c25d4855680bb29279a84bcf28065b8053a158bede65b7f57d0c581ba81944"  # as Corpus.sha256 has it
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,17 @@ class Corpus:
     def vocab_size(self) -> int:
         return len(self.itos)
 
+    @property
+    def is_shakespeare(self) -> bool:
+        """Whether this is Tiny Shakespeare, which the report's sentences are about, whatever its folder is called."""
+        return self.sha256 == SHAKESPEARE_SHA256
+
     def encode(self, text: str) -> Tensor:
         """Token ids (T,) of ``text``; ValueError names a character that the corpus does not have."""
         unknown = sorted(set(text) - set(self.stoi))
         if unknown:
             raise ValueError(f"{unknown[0]!r} does not occur in the corpus {self.name!r}, which has no token for it")
-        return torch.tensor([self.stoi[character] for character in text])
+        return torch.tensor([self.stoi[character] for character in text], dtype=torch.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
         return "".join(self.itos[int(i)] for i in ids)
@@ -108,74 +113,74 @@ class Corpus:
         """``val_loss``, see ``evaluate``."""
         return {"val_loss": evaluate(model, self.val)}
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
+        name = "Tiny Shakespeare" if self.is_shakespeare else self.name
         size = f"{len(self.train):,} training and {len(self.val):,} validation tokens, {self.vocab_size} distinct"
-        elsewhere = "what the text between the cells says of trained models was seen on it, not on this run."
-        if self.name == "shakespeare_char":
-            return f"Corpus: Tiny Shakespeare, {size}."
-        if self.name == "python_reference":
-            return (
-                f"Corpus: the embedded default, the text of Python's language reference, {size}.\n"
-                f"Tiny Shakespeare is not here: {elsewhere}"
-            )
-        return f"Corpus: {self.name}, {size}.\nNot Tiny Shakespeare: {elsewhere}"
+        return f"Corpus: {name}, {size}."
 
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Builds containers, strings and numbers; anything that would have to be imported is refused."""
-
-    def find_class(self, module: str, name: str):
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only plain dicts, strings and numbers are read")
+    def _repr_markdown_(self) -> str:
+        if self.is_shakespeare:
+            return repr(self)
+        return f"{self}\n\n> **Not Tiny Shakespeare**: what the text says of trained models was seen on that, not here."
 
 
 def load_corpus(name: str | None = None, root: Path = DATA) -> Corpus:
-    """Open the corpus ``root/name``; without a name the first of ``DEFAULT_CORPORA`` that is there.
+    """Open the corpus ``root/name``; without a name that of the environment variable CORPUS, else Tiny Shakespeare.
 
     Raises FileNotFoundError where it is missing and ValueError where it is damaged, saying what to do.
 
-    >>> load_corpus("my_text")
+    >>> load_corpus("my_text")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
         ...
-    FileNotFoundError: no corpus 'my_text' in data/: make it with 'python data/prepare.py --text FILE --name my_text'
+    FileNotFoundError: data/my_text is missing: 'python data/prepare.py' makes Tiny Shakespeare, ...
     """
-    if name is None:
-        name = next((n for n in DEFAULT_CORPORA if (root / n / "meta.pkl").exists()), None)
-        if name is None:
-            raise FileNotFoundError(f"no corpus in {root.name}/: make one with 'python data/prepare.py'")
+    name = os.environ.get("CORPUS") or "shakespeare_char" if name is None else name
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        raise ValueError(f"{name!r} names no corpus: give the name of a folder in {root.name}/ (letters, digits, _, -)")
     folder = root / name
-    for file in ("train.bin", "val.bin", "meta.pkl"):
-        if not (folder / file).is_file():
-            what = f"no corpus {name!r} in {root.name}/" if not folder.is_dir() else f"{name}/{file} is missing"
-            raise FileNotFoundError(f"{what}: make it with 'python data/prepare.py {_prepare_arguments(name)}'")
+    make = f"'python data/prepare.py' makes Tiny Shakespeare, with '--text FILE --name {name}' a text of your own"
+    for path in (folder, folder / "train.bin", folder / "val.bin", folder / "meta.pkl"):
+        if not path.exists():
+            raise FileNotFoundError(f"{path.relative_to(root.parent)} is missing: {make}")
 
     def damaged(what: str) -> ValueError:
-        again = f"make it again with 'python data/prepare.py {_prepare_arguments(name)}'"
-        return ValueError(f"{root.name}/{name} is damaged: {what}; {again}")
+        return ValueError(f"{root.name}/{name} is damaged: {what}; {make}")
 
     try:
-        meta = _PlainUnpickler(io.BytesIO((folder / "meta.pkl").read_bytes())).load()
-        stoi, itos = dict(meta["stoi"]), dict(meta["itos"])
-        size = meta["vocab_size"]
+        characters = _characters((folder / "meta.pkl").read_bytes())
     except Exception as error:  # a hostile or broken pickle can fail in any way
         raise damaged(f"meta.pkl cannot be read ({type(error).__name__}: {error})") from error
-    if sorted(itos) != list(range(size)) or {c: i for i, c in itos.items()} != stoi or size < 2:
-        raise damaged("meta.pkl's vocab_size, stoi and itos do not belong together")
-    digest = hashlib.sha256(json.dumps([itos[i] for i in range(size)]).encode())
+    digest = hashlib.sha256(json.dumps(characters).encode())
     splits = []
     for file in ("train.bin", "val.bin"):
         n_bytes = (folder / file).stat().st_size
         if n_bytes == 0 or n_bytes % 2:
             raise damaged(f"{file} has {n_bytes} bytes, not a positive number of 2-byte tokens")
         tokens = np.memmap(folder / file, dtype="<u2", mode="r")
-        if tokens.max() >= size:
-            raise damaged(f"{file} holds the token id {tokens.max()}, and the vocabulary ends at {size - 1}")
+        if tokens.max() >= len(characters):
+            raise damaged(f"{file} holds the token id {tokens.max()}, and the vocabulary ends at {len(characters) - 1}")
         digest.update(tokens.tobytes())
         splits.append(tokens)
-    return Corpus(name, *splits, stoi, itos, digest.hexdigest())
+    if not any(tokens[1::2].any() for tokens in splits) and not all(tokens[::2].all() for tokens in splits):
+        raise damaged("every second token is 0, as in files of 4-byte ids (int32), and here an id has 2 bytes (uint16)")
+    itos = dict(enumerate(characters))
+    return Corpus(name, *splits, {c: i for i, c in itos.items()}, itos, digest.hexdigest())
 
 
-def _prepare_arguments(name: str) -> str:
-    return name if name in DEFAULT_CORPORA else f"--text FILE --name {name}"
+def _characters(pickled: bytes) -> list[str]:
+    """The vocabulary in a meta.pkl, in the order of its ids; any exception where it is not as nanoGPT writes it."""
+    # Dicts, strings and integers alone: nothing that imports or calls, no tuple in tuples to take for ever as a key.
+    plain = {"PROTO", "FRAME", "MARK", "EMPTY_DICT", "SETITEM", "SETITEMS", "BINUNICODE", "SHORT_BINUNICODE", "STOP"}
+    plain |= {"BININT", "BININT1", "BININT2", "MEMOIZE", "BINPUT", "BINGET", "LONG_BINGET"}
+    if foreign := {opcode.name for opcode, _, _ in pickletools.genops(pickled)} - plain:
+        raise ValueError(f"it holds {', '.join(sorted(foreign))}, and only plain dicts, strings and integers are read")
+    meta = pickle.loads(pickled)
+    characters = [meta["itos"][i] for i in range(len(meta["itos"]))]
+    itos = dict(enumerate(characters))
+    expected = {"vocab_size": len(itos), "itos": itos, "stoi": {c: i for i, c in itos.items()}}
+    if {key: meta[key] for key in expected} != expected or len(itos) < 2 or any(len(c) != 1 for c in characters):
+        raise ValueError("vocab_size, stoi and itos do not belong together, or are not of two or more characters")
+    return characters
 
 
 def get_batch(
@@ -202,7 +207,7 @@ def get_batch(
 def _windows(tokens: np.ndarray, starts: np.ndarray, block_size: int, device: str) -> tuple[Tensor, Tensor]:
     """The windows that begin at ``starts`` (B, 1), in one gather from the file."""
     window = torch.from_numpy(tokens[starts + np.arange(block_size + 1)].astype(np.int64)).to(device)
-    return window[:, :-1], window[:, 1:]
+    return window[:, :-1].contiguous(), window[:, 1:].contiguous()  # nanoGPT's model asks for views of the targets
 
 
 def ngram_losses(corpus: Corpus) -> dict[str, float]:
@@ -696,50 +701,51 @@ def _load_checkpoint(path: Path, settings: dict) -> dict | None:
 
 
 class CapturedAttention:
-    """One attention layer in its last forward and backward pass: scores, attn, grad = dL/dA, each (B, H, T, T).
+    """One attention layer in one forward pass and its backward pass: scores, attn, grad = dL/dA, each (B, H, T, T).
 
-    Reading what was not captured raises RuntimeError with the reason.
+    It is the pass whose gradient arrived last, or that of a later forward pass; never parts of two. Reading what was
+    not captured raises RuntimeError with the reason.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._scores: Tensor | None = None
-        self._attn: Tensor | None = None
-        self._grad: Tensor | None = None
+        self._maps: tuple[Tensor, Tensor, Tensor | None] | None = None
         self._why_no_grad = ""
 
     @property
     def scores(self) -> Tensor:
         """Masked scores: ``-inf`` where the query may not see the key."""
-        return self._or_fail(self._scores)
+        return self._seen()[0]
 
     @property
     def attn(self) -> Tensor:
-        return self._or_fail(self._attn)
+        return self._seen()[1]
 
     @property
     def grad(self) -> Tensor:
-        self._or_fail(self._attn)
-        if self._grad is None:
+        grad = self._seen()[2]
+        if grad is None:
             raise RuntimeError(f"no gradient reached the attention weights of {self.name!r}: {self._why_no_grad}")
-        return self._grad
+        return grad
 
-    def _or_fail(self, value: Tensor | None) -> Tensor:
-        if value is None:
-            raise RuntimeError(f"{self.name!r} saw no forward pass: run the model inside the 'with' block")
-        return value
+    def _seen(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        if self._maps is None:
+            raise RuntimeError(f"{self.name!r} saw no forward pass: run the model inside the 'with' block, uncompiled")
+        return self._maps
 
     def _on_forward(self, scores: Tensor, attn: Tensor) -> RemovableHandle | None:
-        """Keep a forward pass and ask for its gradient; the gradient of an earlier pass is no longer this one's."""
-        self._scores, self._attn, self._grad = scores.detach(), attn.detach(), None
+        """Keep a forward pass, and let the gradient, whenever it arrives, bring back the pass that it belongs to."""
+        scores, weights = scores.detach(), attn.detach()
+
+        def on_backward(grad: Tensor) -> None:
+            self._maps = scores, weights, grad.detach()
+
+        self._maps = scores, weights, None
         if not attn.requires_grad:
             self._why_no_grad = "the forward pass ran under torch.no_grad(), or every parameter is frozen"
             return None
         self._why_no_grad = "call loss.backward() inside the 'with' block, on a loss that depends on this layer"
-        return attn.register_hook(self._on_backward)
-
-    def _on_backward(self, grad: Tensor) -> None:
-        self._grad = grad.detach()
+        return attn.register_hook(on_backward)
 
 
 @contextmanager
@@ -748,7 +754,8 @@ def capture_attention(model: torch.nn.Module) -> Iterator[list[CapturedAttention
 
     A layer is a module that maps scores (B, H, T, T) to attention weights of the same shape (``AttentionWeights``). The
     gradient is that of the tensor which the forward pass really uses. On leaving, also after an exception, these hooks
-    and no others are removed; what was captured stays readable. Raises ValueError on a model without such a layer.
+    and no others are removed; what was captured stays readable. Raises ValueError on a model without such a layer, and
+    on one that torch.compile has turned into a program without hooks.
 
     >>> model = LocalGPT(LocalGPTConfig(block_size=8, vocab_size=10, n_layer=2, n_head=2, n_embd=16))
     >>> idx = torch.arange(8)[None]
@@ -760,6 +767,8 @@ def capture_attention(model: torch.nn.Module) -> Iterator[list[CapturedAttention
     modules = {name: m for name, m in model.named_modules() if isinstance(m, AttentionWeights)}
     if not modules:
         raise ValueError(f"{type(model).__name__} has no AttentionWeights module: there is nothing to capture")
+    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in model.modules()):
+        raise ValueError("hooks do not run in a compiled model: capture the model as it was before torch.compile")
     layers = [CapturedAttention(name) for name in modules]
     handles: list[RemovableHandle] = []
 
@@ -785,6 +794,10 @@ def capture_batch(model: LocalGPT, x: Tensor, y: Tensor) -> list[CapturedAttenti
     with capture_attention(model) as layers:
         gradients(model, x, y)
     return layers
+
+
+ROUNDING = 0.01  # the share of |f| that rounding may account for: beyond, a head's figures are not defined
+EPS64 = 16 * np.finfo(float).eps  # of a sum of products in float64
 
 
 class SoftmaxGradient(NamedTuple):
@@ -813,6 +826,7 @@ def split_softmax_gradient(attn: Tensor, grad: Tensor) -> SoftmaxGradient:
     return SoftmaxGradient(full(attn, grad, visible), diagonal(attn, grad, visible), attn * minus_others)
 
 
+@torch.no_grad()
 def head_energy(
     attn: Tensor, grad: Tensor, visible: Tensor | None = None, n_boot: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
@@ -829,38 +843,58 @@ def head_energy(
     cos_ste_unmasked               the same with g on all keys, also masked ones: what naive code measures   [-1, 1]
     entropy                        of a row, over the log of its number of visible keys; first query left out [0, 1]
     attn_max, attn_mean            largest weight of a row (first query left out); mean over visible keys    [0, 1]
-    defined                        False where |f| is at the rounding floor: ratios and cosines are then NaN
+    defined                        False where rounding may decide: ratios and cosines are then NaN
     ============================== ========================================================================= =========
 
     Energies are summed over a sequence's (query, key) pairs, averaged over sequences, then divided: a ratio of means.
-    Cosines are taken per sequence over the flattened map, then averaged. ``*_lo`` and ``*_hi`` bound the 95 % bootstrap
-    interval over the B sequences. Sums run in float64 and no absolute epsilon enters anywhere (gradients of a mean over
-    B*T tokens are of the order 1e-5). Raises ValueError where attn is not a softmax over the visible keys.
+    Cosines are taken per sequence over the flattened map, then averaged (sequences without any gradient are left out).
+    ``*_lo`` and ``*_hi`` bound the 95 % bootstrap interval over the B sequences. Sums run in float64, rows of attn are
+    scaled to sum to 1, and no absolute epsilon enters anywhere: the scale of grad is free.
+
+    A head is ``defined`` where the rounding of attn and grad, to the precision in which they were made, moves f by no
+    more than ``ROUNDING`` = 1 % of |f|: ratios are then right to 2 %, cosines to 0.01, and NaN as well where a single
+    sequence fails this. That precision is the coarsest that the types, the values (half precision holds them without
+    loss) and the row sums of attn tell. Raises ValueError where attn is not a softmax over the visible keys, and on
+    values that are not finite.
 
     >>> a = torch.tensor([[1.0, 0.0], [0.5, 0.5]]).double()[None, None]
     >>> row = head_energy(a, torch.tensor([[1.0, 0.0], [1.0, -1.0]]).double()[None, None]).iloc[0]
     >>> row[["r_diag", "r_offdiag", "r_cross", "cos_diag"]].map(float).tolist()
     [0.25, 0.25, 0.5, 1.0]
     """
-    visible = _check_attention(attn, grad, visible)
+    visible, off = _check_attention(attn, grad, visible)
+    if n_boot < 1:
+        raise ValueError(f"n_boot={n_boot}: an interval needs resamples, a thousand or so")
     n_visible = visible.sum(-1)
     several = n_visible > 1  # a query with a single key has a = 1 and J = 0: it carries nothing
-    row_entropy = torch.special.entr(attn).sum(-1, dtype=torch.float64)[..., several]  # (B, H, queries)
+    B, H, T, _ = attn.shape
+    size = grad.abs().amax((0, 2, 3)).double()[:, None, None]  # divided by it, squares neither overflow nor vanish
+    size[size == 0] = 1
+
+    # one sequence at a time: its maps stay in the processor's cache, which is three times faster than the whole batch
+    products, entropy = [], []
+    for a, g in zip(attn, grad, strict=True):
+        a = a.double() / a.sum(-1, keepdim=True, dtype=torch.float64)
+        products.append(_inner_products(a, g.double() / size, visible))
+        entropy.append((torch.special.entr(a).sum(-1)[:, several] / n_visible[several].double().log()).mean(-1))
+    ff, dd, oo, do, df, ee, ef, gg, gf = torch.stack(products).unbind(-1)  # (B, H) each
     shapes = {
-        "entropy": (row_entropy / n_visible[several].double().log()).mean(-1),
+        "entropy": torch.stack(entropy),
         "attn_max": attn.amax(-1)[..., several].double().mean(-1),
         "attn_mean": attn.sum((-2, -1), dtype=torch.float64) / visible.sum(),
     }
 
-    # one sequence at a time: its maps stay in the processor's cache, which is three times faster than the whole batch
-    products = torch.stack([_inner_products(a.double(), g.double(), visible) for a, g in zip(attn, grad, strict=True)])
-    ff, dd, oo, do, df, ee, ef, gg, gf, terms = products.unbind(-1)  # (B, H) each
-    floor = (4 * torch.finfo(attn.dtype).eps) ** 2 * terms
+    # What rounding makes of f = J g: relative errors u of g give u^2 sum_k |J's column k|^2 g_k^2 <= 2 u^2 |d|^2, those
+    # of a, whose rows sum to 1, 2 u^2 |f|^2. Near zero errors are absolute, a format's step. float64 adds its own.
+    (u_a, step_a), (u_g, step_g) = _precision(attn), _precision(grad)
+    u = max(off, u_a, u_g)  # rounding moves a sum of 1 by its relative error at the most
+    noise = 2 * u**2 * (dd + ff) + (step_a**2 + EPS64**2) * ee + T * (step_g / size[:, 0, 0]) ** 2
+    floor = noise / ROUNDING**2
     pairs = {"cos_diag": (df, dd), "cos_ste": (ef, ee), "cos_ste_unmasked": (gf, gg)}
     cosines = {name: torch.where(ff > floor, xf / (xx * ff).sqrt(), torch.nan) for name, (xf, xx) in pairs.items()}
+    unknown = ((gg > 0) & (ff <= floor)).any(0).cpu().numpy()  # a mean over the other sequences is that of a selection
 
     # row 0 weighs every sequence once, the others are bootstrap resamples of the sequences
-    B = attn.shape[0]
     counts = np.random.default_rng(seed).multinomial(B, np.full(B, 1 / B), size=n_boot)
     weights = np.vstack([np.ones((1, B)), counts])
 
@@ -871,12 +905,13 @@ def head_energy(
         with np.errstate(invalid="ignore"):  # a resample without a defined sequence has no mean
             return weights @ np.where(known, values, 0) / (weights @ known)
 
-    energy = mean(ff)
-    energy[:, energy[0] <= mean(floor)[0]] = np.nan
+    energy, floor = mean(ff), mean(floor)
+    energy[energy <= floor] = np.nan
     draws = {"r_diag": mean(dd) / energy, "r_offdiag": mean(oo) / energy, "r_cross": 2 * mean(do) / energy}
     draws["one_minus_r_diag"] = 1 - draws["r_diag"]
-    draws |= {name: mean(value) for name, value in (cosines | shapes).items()}
-    columns = {"head": range(attn.shape[1]), "defined": np.isfinite(energy[0])}
+    draws |= {name: np.where(unknown, np.nan, mean(cosine)) for name, cosine in cosines.items()}
+    draws |= {name: mean(value) for name, value in shapes.items()}
+    columns = {"head": range(H), "defined": np.isfinite(energy[0])}
     for name, draw in draws.items():
         columns[name] = draw[0]
         columns[f"{name}_lo"], columns[f"{name}_hi"] = np.quantile(draw[1:], [0.025, 0.975], axis=0)
@@ -884,41 +919,57 @@ def head_energy(
 
 
 def _inner_products(a: Tensor, g: Tensor, visible: Tensor) -> Tensor:
-    """The inner products that ``head_energy`` needs, of one sequence's maps (H, T, T), summed over the map: (H, 10)."""
+    """The inner products that ``head_energy`` needs, of one sequence's maps (H, T, T), summed over the map: (H, 9)."""
     f, d, o = split_softmax_gradient(a, g)
     e = ste(a, g, visible)
-    # f is a difference of two terms, a g and a b: what rounding leaves of them where they cancel hangs on their size
-    weighted = a * g
-    terms = a * weighted.sum(-1, keepdim=True)
     pairs = ((f, f), (d, d), (o, o), (d, o), (d, f), (e, e), (e, f), (g, g), (g, f))
-    products = [torch.linalg.vecdot(x.flatten(1), y.flatten(1)) for x, y in pairs]
-    size = [torch.linalg.vecdot(x.flatten(1), x.flatten(1)) for x in (weighted, terms)]
-    return torch.stack([*products, sum(size)], dim=-1)
+    return torch.stack([torch.linalg.vecdot(x.flatten(1), y.flatten(1)) for x, y in pairs], dim=-1)
 
 
-def _check_attention(attn: Tensor, grad: Tensor, visible: Tensor | None) -> Tensor:
-    """Refuse what is no softmax attention; return the boolean map of visible keys (T, T)."""
-    if attn.dim() != 4 or attn.shape[-1] != attn.shape[-2] or attn.shape != grad.shape:
+def _precision(values: Tensor) -> tuple[float, float]:
+    """The precision in which ``values`` were made: relative rounding error, and the smallest step near zero.
+
+    That of the coarsest formats which hold all of them exactly: a float32 now may have been made in half precision.
+    """
+    # the last query first: it is nearly always enough to exclude a format
+    holds = [torch.finfo(values.dtype)]
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        if all((part.to(dtype) == part).all() for part in (values[:, :, -1], values)):
+            holds.append(torch.finfo(dtype))
+    return max(made.eps / 2 for made in holds), max(made.smallest_normal * made.eps for made in holds)
+
+
+def _check_attention(attn: Tensor, grad: Tensor, visible: Tensor | None) -> tuple[Tensor, float]:
+    """Refuse what is no softmax attention; return the boolean map of visible keys and the largest |row sum - 1|."""
+    if attn.dim() != 4 or attn.shape[-1] != attn.shape[-2] or attn.shape != grad.shape or not attn.numel():
         shapes = f"{tuple(attn.shape)} and {tuple(grad.shape)}"
-        raise ValueError(f"expected attn and grad of one shape (B, H, T, T), got {shapes}")
+        raise ValueError(f"expected attn and grad of one shape (B, H, T, T), none of them 0, got {shapes}")
+    if not (attn.is_floating_point() and grad.is_floating_point()):
+        raise ValueError(f"expected floating-point numbers, got attn {attn.dtype} and grad {grad.dtype}")
     if visible is None:
         visible = torch.ones(attn.shape[-2:], dtype=torch.bool, device=attn.device).tril()
+    if visible.dtype != torch.bool or visible.shape != attn.shape[-2:]:
+        raise ValueError(f"visible is {visible.dtype} {tuple(visible.shape)}: expected a boolean map (T, T)")
+    off = (attn.sum(-1, dtype=torch.float64) - 1).abs().amax().item()
+    if not (attn.amin() >= 0 and off <= max(1e-3, 2 * _precision(attn)[0])):  # written so that NaN fails too
+        raise ValueError("the rows of attn are not weights that sum to 1: the split is that of a softmax")
     if attn.amax((0, 1))[~visible].any():
         raise ValueError("attn is not zero on masked keys: pass the map of visible keys that the model used")
-    if not ((attn.sum(-1) - 1).abs().amax() < 1e-3):  # written so that NaN fails too
-        raise ValueError("the rows of attn do not sum to 1: the split is that of a softmax")
-    if not grad.sum().isfinite():
+    if not grad.isfinite().all():
         raise ValueError("grad holds values that are not finite")
-    return visible
+    return visible, off
 
 
 def energy_table(layers: Iterable[CapturedAttention]) -> pd.DataFrame:
     """``head_energy`` of all captured layers (of equal shape), one row a (layer, head)."""
     layers = list(layers)
+    if not layers:
+        raise ValueError("no layer was given: a table needs one or more")
     table = head_energy(torch.cat([layer.attn for layer in layers], 1), torch.cat([layer.grad for layer in layers], 1))
-    n_head = len(table) // len(layers)
-    table.insert(0, "layer", table["head"] // n_head)
-    return table.assign(head=table["head"] % n_head)
+    places = [(i, head) for i, layer in enumerate(layers) for head in range(layer.attn.shape[1])]
+    table["head"] = [head for _, head in places]
+    table.insert(0, "layer", [i for i, _ in places])
+    return table
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1201,6 +1252,44 @@ def harm_table(results: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+# A number as prose has it: 0.43, -0.22, 1,003,854, 10^{-3}, 3\cdot10^{-5}; not 1/4, H100 or x_1.
+NUMBER = re.compile(
+    r"(?<![\w.^/])(?<!\d,)-?(?:[\d.]+\\cdot)?(?:10\^\{?-?\d+\}?|\d+(?:,\d{3})*(?:\.\d+)?)(?![\w/]|\.\d)"
+)
+
+
+def claim(sentence: str, *values: float | bool, within: float | None = None, corpus: Corpus | None = None) -> None:
+    """Hold a sentence of the text against what was computed; AssertionError says what in it is not so.
+
+    The numbers in ``sentence``, in order, must be the ``values``: to the digits printed, or to ``within`` where trained
+    runs differ from machine to machine. A value that is True or False stands for no number, but for what the words say.
+    With a ``corpus`` that is not Tiny Shakespeare nothing is claimed: give it where the sentence is about that text.
+    notebooks/tests/test_prose.py makes sure that the text has the sentence, and no result that is in no sentence here.
+
+    >>> claim("harm stays below 0.25: 0.05 [0.04, 0.06]", 0.25, 0.0512, 0.0433, 0.0589, 0.0589 < 0.25)
+    >>> claim("harm is 0.07 on 656 runs", 0.0512, 656)
+    Traceback (most recent call last):
+        ...
+    AssertionError: 0.07 should be 0.0512 in: harm is 0.07 on 656 runs
+    """
+    if corpus is not None and not corpus.is_shakespeare:
+        return
+
+    def hold(so: bool, otherwise: str) -> None:
+        if not so:
+            raise AssertionError(f"{otherwise} in: {sentence}")
+
+    written = [re.sub(r"[,{}]", "", n).replace(r"\cdot10^", "e").replace("10^", "1e") for n in NUMBER.findall(sentence)]
+    truths = [value for value in values if isinstance(value, (bool, np.bool_))]
+    values = [value for value in values if not isinstance(value, (bool, np.bool_))]
+    hold(len(written) == len(values), f"{len(values)} numbers given, and {len(written)}")
+    hold(truths or values, "nothing given that could support what is said")
+    hold(all(truths), "what is said does not hold")
+    for number, value in zip(map(Decimal, written), values, strict=True):
+        reach = 0.5 * 10.0 ** number.as_tuple().exponent if within is None else within  # half of the last digit
+        hold(abs(value - float(number)) <= reach * (1 + 1e-9), f"{number:f} should be {value:.6g}")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. Figures
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1221,7 +1310,11 @@ SEQUENTIAL, DIVERGING = "viridis", "RdBu_r"  # energies; signed quantities, cent
 
 
 def set_style() -> None:
-    """The look of every figure in the report; called once a notebook."""
+    """The look of every figure and table in the report; called once a notebook."""
+    pd.set_option("display.max_rows", None, "display.max_columns", None)
+    inline = InlineBackend.instance()
+    inline.print_figure_kwargs = {"bbox_inches": "tight", "metadata": {"Date": None}}
+    inline.figure_formats = {"svg"}
     sns.set_theme(context="notebook", style="ticks", palette=list(COLORS.values()))
     plt.rcParams.update(
         {
@@ -1233,99 +1326,19 @@ def set_style() -> None:
             "axes.spines.top": False,
             "axes.spines.right": False,
             "legend.frameon": False,
+            "svg.hashsalt": "report",  # with no date in it, the same figure is the same bytes
         }
     )
 
 
-def show(number: str, alt: str, caption: str = "", data: pd.DataFrame | None = None) -> None:
-    """Display the current figure as "Figure ``number``", and close it.
-
-    ``alt`` says what is to be seen to those who cannot see it, ``caption`` how it was averaged; ``data`` are the
-    numbers behind the picture, as a table a click away. Elsewhere in the notebook, ``<a href="#figure-5-1">`` is a link
-    to Figure 5.1.
-    """
-    picture, pixels = io.BytesIO(), any(ax.images for ax in plt.gcf().axes)  # maps; all else is lines and letters
-    if pixels:
-        form = {"format": "webp", "dpi": 160, "pil_kwargs": {"lossless": True}}
-    else:
-        form = {"format": "svg", "metadata": {"Date": None}}
-    with plt.rc_context({"svg.hashsalt": number}):  # the same figure is the same file
-        plt.savefig(picture, bbox_inches="tight", **form)
-    plt.close()
-    mime = "image/webp" if pixels else "image/svg+xml"
-    source = f"data:{mime};base64,{base64.b64encode(picture.getvalue()).decode()}"
-    table = "" if data is None else f"<details><summary>The numbers</summary>{_html_table(data)}</details>"
-    page = (
-        f'<figure class="plot" id="figure-{number.replace(".", "-")}">'
-        f'<div tabindex="0" role="group" aria-label="Figure {number}"><img alt="{escape(alt)}" src="{source}"></div>'
-        f"<figcaption><b>Figure {number}.</b> {caption}{table}</figcaption></figure>"
-    )
-    display({"text/html": page, "text/plain": f"Figure {number}. {alt}"}, raw=True)
-
-
-def _html_table(data: pd.DataFrame) -> str:
-    """The table for a page: four digits, and a box of its own, which scrolls where the page is too narrow."""
-    html = data.to_html(float_format="{:.4g}".format, na_rep="", border=0)
-    return f'<div class="table" tabindex="0" role="group" aria-label="Table">{html}</div>'
-
-
 def printable(text: str) -> list[str]:
-    """The characters of ``text`` as tick labels, with space and newline made visible.
+    """The characters of ``text`` as labels: space and newline visible, what has no shape as Python writes it.
 
-    >>> printable("a b\\n")
-    ['a', '␣', 'b', '⏎']
+    >>> printable("a b\\n\\0\\u200b")
+    ['a', '␣', 'b', '⏎', '\\\\x00', '\\\\u200b']
     """
-    return ["␣" if c == " " else "⏎" if c == "\n" else c for c in text]
-
-
-def plot_losses(runs: Mapping[str, Run], references: Mapping[str, float], ax: Axes | None = None) -> Axes:
-    """Validation loss over training, a line a run; ``references`` (label: nats) are drawn across."""
-    ax = ax or plt.gca()
-    for label, run in runs.items():
-        loss = run.series("val_loss")
-        ax.plot(loss.index, loss, marker="o", markersize=4, label=label, color=COLORS.get(run.model.config.method))
-    for label, value in references.items():
-        ax.axhline(value, color="0.6", linewidth=1, linestyle="--")
-        place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
-        ax.annotate(f"{label} {value:.2f}", (1, value), **place, color="0.35", fontsize="small")
-    ax.set(xlabel="training step", ylabel="validation loss (nats per token)")
-    ax.legend()
-    return ax
-
-
-def plot_head_grid(
-    table: pd.DataFrame, quantity: str, ax: Axes | None = None, limits: tuple[float, float] | None = None
-) -> Axes:
-    """Layer x head heatmap of one column of ``energy_table``, layers down and heads across; undefined heads stay blank.
-
-    Signed quantities (their range crosses zero) get a diverging map centred on zero, others a sequential one.
-    """
-    grid = table.pivot(index="layer", columns="head", values=quantity)
-    low, high = limits or (np.nanmin(grid.to_numpy()), np.nanmax(grid.to_numpy()))
-    if low < 0:
-        extent = max(-low, high)
-        style = {"cmap": DIVERGING, "vmin": -extent, "vmax": extent}
-    else:
-        style = {"cmap": SEQUENTIAL, "vmin": low, "vmax": high}
-    ax = sns.heatmap(grid, annot=True, fmt=".2f", square=True, linewidths=1, cbar=False, ax=ax or plt.gca(), **style)
-    ax.tick_params(length=0)
-    return ax
-
-
-def plot_head_intervals(table: pd.DataFrame, quantities: Mapping[str, str], ax: Axes | None = None) -> Axes:
-    """A point with its 95 % interval for every head; ``quantities`` maps columns of ``energy_table`` to ``COLORS``."""
-    ax = ax or plt.gca()
-    position = np.arange(len(table))
-    for i, (quantity, color) in enumerate(quantities.items()):
-        shift = 0.18 * (i - (len(quantities) - 1) / 2)
-        error = [table[quantity] - table[f"{quantity}_lo"], table[f"{quantity}_hi"] - table[quantity]]
-        style = {"fmt": "os^"[i], "markersize": 4, "linewidth": 1.5, "color": COLORS[color], "label": quantity}
-        ax.errorbar(position + shift, table[quantity], yerr=np.clip(error, 0, None), **style)
-    ax.set_xticks(position, [f"{layer}.{head}" for layer, head in zip(table["layer"], table["head"], strict=True)])
-    ax.tick_params(axis="x", labelsize="small")
-    ax.set_xlabel("layer.head")
-    ax.legend()
-    return ax
+    shapes = {" ": "␣", "\n": "⏎"}
+    return [shapes.get(c, c if c.isprintable() else c.encode("unicode_escape").decode()) for c in text]
 
 
 def plot_head_map(
@@ -1337,56 +1350,27 @@ def plot_head_map(
 ) -> Axes:
     """One (query, key) map (T, T), queries down and keys across; keys that a query may not see stay blank.
 
-    ``text`` (T characters) labels both axes; without it the axes count positions.
+    ``text`` (T characters) labels both axes; without it the axes count positions. Raises ValueError on other shapes.
     """
     ax = ax or plt.gca()
     T = len(values)
+    if values.shape != (T, T) or T == 0 or len(text or values) != T:
+        labels = "no text" if text is None else f"a text of {len(text)} characters"
+        raise ValueError(f"a map is (T, T) and its text has T characters; here are {tuple(values.shape)} and {labels}")
     shown = np.ma.masked_where(~np.tri(T, dtype=bool), values.cpu().numpy())
     ax.imshow(shown, cmap=cmap, norm=norm, interpolation="none")
-    if text is None:
-        ticks = range(0, T, max(1, T // 4))
-        ax.set_xticks(ticks)
-        ax.set_yticks(ticks)
-    else:
-        ax.set_xticks(range(T), printable(text))
-        ax.set_yticks(range(T), printable(text))
+    ticks, labels = (range(0, T, max(1, T // 4)), None) if text is None else (range(T), printable(text))
+    ax.set_xticks(ticks, labels)
+    ax.set_yticks(ticks, labels)
+    if text is not None:
         ax.tick_params(labelsize=9, length=0)
         ax.set(xlabel="key", ylabel="query")
     return ax
 
 
-def plot_head_maps(
-    maps: Tensor, label: str, axes: np.ndarray | None = None, norm: Normalize | None = None, cmap: str = SEQUENTIAL
-) -> np.ndarray:
-    """All heads' maps (L, H, T, T) as a grid, layers down and heads across, with one scale and one colour bar.
-
-    ``label`` names the quantity and its unit; ``norm`` is the scale, from 0 to the largest value if not given.
-    """
-    L, H = maps.shape[:2]
-    if axes is None:
-        _, axes = plt.subplots(L, H, figsize=(2 * H + 1, 2 * L + 0.4), sharex=True, sharey=True, squeeze=False)
-    norm = norm or Normalize(0, maps.max().item())
-    for layer in range(L):
-        for head in range(H):
-            ax = plot_head_map(maps[layer, head], ax=axes[layer, head], norm=norm, cmap=cmap)
-            ax.set_title(f"{layer}.{head}", fontsize="small", loc="center")
-    for ax in axes[-1]:
-        ax.set_xlabel("key")
-    for ax in axes[:, 0]:
-        ax.set_ylabel("query")
-    axes[0, 0].figure.colorbar(plt.cm.ScalarMappable(norm=norm, cmap=cmap), ax=axes, label=label, shrink=0.6)
-    return axes
-
-
-def energy_scale(maps: Tensor, decades: float = 3) -> LogNorm:
-    """A logarithmic scale for energies that ends ``decades`` powers of ten below the largest; clipped there."""
-    high = maps.max().item()
-    return LogNorm(high / 10**decades, high, clip=True)
-
-
 def signed_scale(maps: Tensor, linear: float = 0.01) -> SymLogNorm:
     """A scale for signed values, centred on zero: logarithmic beyond the fraction ``linear`` of the largest size."""
-    high = maps.abs().max().item()
+    high = torch.where(maps.isfinite(), maps.abs(), 0).max().item() or 1.0  # maps of zeros have a scale, too
     return SymLogNorm(linear * high, vmin=-high, vmax=high)
 
 
@@ -1394,9 +1378,11 @@ def plot_harm(table: pd.DataFrame) -> np.ndarray:
     """Harm of every rule (rows of ``harm_table``) with its interval and the two bounds of the verdict.
 
     A panel a group, one below the other, in a figure of their own, and an array of their axes; groups and rules without
-    a verdict are left out.
+    a verdict are left out. Raises ValueError where that leaves none.
     """
     shown = table[~table["rule"].isin(["full", "none"]) & table["harm"].notna()]
+    if shown.empty:
+        raise ValueError("no rule in this table has a harm to draw: it needs test runs of a rule, of full and of none")
     groups = list(shown.groupby(GROUP, sort=False))
     heights = [len(part) + 1.2 for _, part in groups]
     size = (9, 0.27 * sum(heights) + 0.8)

@@ -29,6 +29,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
@@ -63,21 +64,27 @@ class LocalGPTConfig:
     feedback_scale: float = 1.0  # standard deviation of the feedback matrices, in units of INIT_STD
 
     def __post_init__(self) -> None:
+        # NumPy's numbers, as loops over arrays give them, become Python's: a config is compared and written down
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
                 raise ValueError(f"{name}={value!r} is not a positive whole number")
+            object.__setattr__(self, name, int(value))
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: "
                 "every head takes an equal share of the channels"
             )
-        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout!r} is not a probability in [0, 1)")
-        if not isinstance(self.feedback_scale, (int, float)) or not 0 < self.feedback_scale < math.inf:
-            raise ValueError(f"feedback_scale={self.feedback_scale!r} is not a positive number")
+        for name, what, fits in (
+            ("dropout", "a probability in [0, 1)", lambda p: 0 <= p < 1),
+            ("feedback_scale", "a positive number", lambda scale: 0 < scale < math.inf),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Real) or not fits(value):
+                raise ValueError(f"{name}={value!r} is not {what}")
+            object.__setattr__(self, name, float(value))
         for name, known in (("attn_mode", ATTN_MODES), ("method", METHODS), ("softmax_backward", SOFTMAX_BACKWARD)):
-            if getattr(self, name) not in known:
+            if getattr(self, name) not in list(known):  # a list: what cannot be hashed is unknown, too
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(known)}")
         if self.attn_mode == "sigmoid" and self.softmax_backward not in ("full", "none"):
             raise ValueError(
@@ -89,6 +96,15 @@ class LocalGPTConfig:
 # ---------------------------------------------------------------------------------------------------------------------
 # Linear maps: how y = x W^T sends its error back. The weight's own update is grad_y^T x in all of them.
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def _refuse_second_derivative() -> None:
+    """The first line of every backward pass below: a rule is no derivative of anything, so it has none itself.
+
+    ``once_differentiable`` is not enough: ``torch.autograd.grad`` passes its error by, and leaves terms out in silence.
+    """
+    if torch.is_grad_enabled():  # so it is in a backward pass under create_graph=True, and only there
+        raise RuntimeError("create_graph=True: a learning rule cannot be differentiated, there is no second derivative")
 
 
 class BackpropLinear(nn.Linear):
@@ -103,7 +119,7 @@ class BackpropLinear(nn.Linear):
 
 
 class FeedbackAlignmentLinear(BackpropLinear):
-    """Feedback alignment (Lillicrap et al. 2016), ``grad_x = grad_y B`` ``B`` fixed, random, shaped as ``W``.
+    """Feedback alignment (Lillicrap et al. 2016), ``grad_x = grad_y B``: ``B`` fixed, random, shaped as ``W``.
 
     ``B`` is a buffer: drawn once, independently of ``W``, never trained, saved with the model.
     """
@@ -137,10 +153,11 @@ class _FeedbackLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_y: Tensor | None):
+        _refuse_second_derivative()
         if grad_y is None:
             return None, None, None
-        x, feedback = ctx.saved_tensors
         grad_y = grad_y.contiguous()  # else each of the two products makes its own copy
+        x, feedback = (saved.to(grad_y.dtype) for saved in ctx.saved_tensors)  # under autocast they differ
         grad_x = grad_y @ feedback if ctx.needs_input_grad[0] else None
         grad_weight = grad_y.flatten(0, -2).T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight, None
@@ -160,8 +177,9 @@ class _DirectFeedback(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, error: Tensor):
+        _refuse_second_derivative()
         (feedback,) = ctx.saved_tensors
-        return error, None, *(error @ b for b in feedback)
+        return error, None, *(error @ b for b in feedback.to(error.dtype))
 
 
 METHODS: dict[str, type[BackpropLinear]] = {
@@ -283,7 +301,7 @@ class AttentionWeights(nn.Module):
         sent = self.rule(attn, grad, visible, known)
         if known is not None and self.training:
             average = (grad * visible).sum((0, 2, 3)) / (visible.sum() * len(grad))
-            known.lerp_(average.view_as(known), 1 - RUNNING_MEAN_DECAY)
+            known.lerp_(average.view_as(known).to(known.dtype), 1 - RUNNING_MEAN_DECAY)
         return sent
 
 
@@ -299,6 +317,7 @@ class _RuledWeights(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
+        _refuse_second_derivative()
         attn, visible = ctx.saved_tensors
         return ctx.weights.send_back(attn, grad, visible), None, None
 
@@ -417,15 +436,25 @@ class LocalGPT(nn.Module):
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Predict the next token at every position.
 
-        idx, targets: (B, T) token ids in [0, vocab_size), T <= block_size. Returns logits (B, T, vocab_size) and the
-        mean cross-entropy in nats per token (None without targets). Raises ValueError on a wrong shape.
+        idx, targets: (B, T) token ids in [0, vocab_size), T <= block_size; a target of -100 is left out of the loss.
+        Returns logits (B, T, vocab_size) and the mean cross-entropy in nats per token (None without targets). Raises
+        ValueError on a wrong shape or type, and on ids out of range (on a CPU: a GPU raises an error of its own).
         """
-        if idx.dim() != 2 or not 1 <= idx.shape[1] <= self.config.block_size:
-            raise ValueError(f"idx has shape {tuple(idx.shape)}: expected (B, T), T from 1 to {self.config.block_size}")
+        if idx.dim() != 2 or not idx.shape[0] or not 1 <= idx.shape[1] <= self.config.block_size:
+            raise ValueError(
+                f"idx has shape {tuple(idx.shape)}: expected (B, T), B from 1, T from 1 to {self.config.block_size}"
+            )
         if targets is not None and targets.shape != idx.shape:
             raise ValueError(f"targets have shape {tuple(targets.shape)}, idx {tuple(idx.shape)}: they must agree")
+        for name, ids in (("idx", idx), ("targets", targets)):
+            if ids is not None and ids.dtype not in (torch.int64, torch.int32):
+                raise ValueError(f"{name} are {ids.dtype}: token ids are whole numbers, convert them with .long()")
+        try:
+            x = self.token_embedding(idx)
+        except IndexError as error:
+            raise self._out_of_range("idx", idx) from error
         position = torch.arange(idx.shape[1], device=idx.device)
-        x = self.drop(self.token_embedding(idx) + self.position_embedding(position))  # (B, T, C)
+        x = self.drop(x + self.position_embedding(position))  # (B, T, C)
         taps: list[Tensor] = []
         x = self._between_blocks(x, taps)
         for block in self.blocks:
@@ -435,7 +464,16 @@ class LocalGPT(nn.Module):
             logits = _DirectFeedback.apply(logits, self.direct_feedback, *taps)
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        try:
+            return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten().long())
+        except IndexError as error:
+            raise self._out_of_range("targets", targets) from error
+
+    def _out_of_range(self, name: str, ids: Tensor) -> ValueError:
+        """The error for ids that have no token. Asked for afterwards: to look first is to wait for the device."""
+        low, high = ids.aminmax()
+        last = self.config.vocab_size - 1
+        return ValueError(f"{name} hold ids from {low} to {high}, and the model's vocabulary goes from 0 to {last}")
 
     def _between_blocks(self, x: Tensor, taps: list[Tensor]) -> Tensor:
         """Under ``dfa`` cut the backward path here, and keep ``x`` as a place where the output error is to arrive."""
@@ -450,15 +488,21 @@ class LocalGPT(nn.Module):
     ) -> Tensor:
         """Continue ``idx`` (B, T) by ``n_new`` sampled tokens; returns (B, T + n_new).
 
-        ``temperature`` > 0 divides the logits; ``generator`` makes the sample repeatable.
+        ``temperature`` > 0 divides the logits; ``generator`` makes the sample repeatable, and leaves torch's own random
+        numbers alone. Every module keeps its mode.
         """
-        if temperature <= 0:
-            raise ValueError(f"temperature={temperature} is not positive")
-        was_training = self.training
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature={temperature} is not a positive number")
+        if n_new < 0:
+            raise ValueError(f"n_new={n_new} is negative")
+        modes = [(module, module.training) for module in self.modules()]
         self.eval()
-        for _ in range(n_new):
-            logits, _ = self(idx[:, -self.config.block_size :])
-            probs = torch.softmax(logits[:, -1] / temperature, dim=-1)
-            idx = torch.cat((idx, torch.multinomial(probs, 1, generator=generator)), dim=1)
-        self.train(was_training)
+        try:
+            for _ in range(n_new):
+                logits, _ = self(idx[:, -self.config.block_size :])
+                probs = torch.softmax(logits[:, -1] / temperature, dim=-1)
+                idx = torch.cat((idx, torch.multinomial(probs, 1, generator=generator)), dim=1)
+        finally:
+            for module, training in modes:
+                module.training = training
         return idx

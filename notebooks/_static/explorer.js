@@ -2,9 +2,8 @@
    Bokeh draws; EXPLORER, the data, is written by 07_explore.ipynb. */
 "use strict";
 (() => {
-  const {text, layers, heads, maps, error} = EXPLORER;
-  const character = [...text].map((c) => ({" ": "␣", "\n": "⏎"})[c] ?? c);
-  const T = character.length;
+  const {characters, layers, heads, maps, error} = EXPLORER;
+  const T = characters.length;
   const METHODS = {bp: "backpropagation", fa: "feedback alignment"};
   const MAPS = {
     a: "Attention A",
@@ -15,6 +14,13 @@
     error: "Error of the diagonal, |d − f|",
   };
   const state = {method: "fa", step: "500", head: 4, query: 21, key: 13};
+  /* Never as HTML: the words may be those of any text. */
+  function element(tag, attributes, ...content) {
+    const made = document.createElement(tag);
+    for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+    made.append(...content);
+    return made;
+  }
   const $ = (selector) => document.querySelector(`#explorer${selector}`);
   const number = (x) => x.toLocaleString("en", {maximumSignificantDigits: 3}).replace("-", "−");
 
@@ -53,20 +59,18 @@
 
   function radios(fieldset, name, options, content) {
     for (const value of options) {
-      const label = document.createElement("label");
-      label.innerHTML = `<input type="radio" name="${name}" value="${value}"><span>${content(value)}</span>`;
-      const input = label.firstChild;
+      const input = element("input", {type: "radio", name, value});
       input.checked = value === state[name];
       input.addEventListener("change", () => update({[name]: value}));
-      fieldset.append(label);
+      fieldset.append(element("label", {}, input, element("span", {}, ...content(value))));
     }
   }
 
-  radios($("-method"), "method", Object.keys(METHODS), (method) => METHODS[method]);
-  radios($("-step"), "step", Object.keys(maps.bp), (step) => step);
+  radios($("-method"), "method", Object.keys(METHODS), (method) => [METHODS[method]]);
+  radios($("-step"), "step", Object.keys(maps.bp), (step) => [step]);
   const everyHead = Array.from({length: layers * heads}, (_, head) => head);
   const headName = (head) => `${Math.floor(head / heads)}.${head % heads}`;
-  radios($("-head"), "head", everyHead, (head) => `${headName(head)}<small></small>`);
+  radios($("-head"), "head", everyHead, (head) => [headName(head), element("small", {})]);
   $("-head").style.setProperty("--heads", heads);
   $("-head").addEventListener("keydown", (event) => {
     // radio buttons know a next and a previous one; here they also have one below and one above
@@ -99,8 +103,8 @@
   }
 
   function label(axis) {
-    axis.ticker = new Bokeh.FixedTicker({ticks: character.map((_, i) => i)});
-    axis.major_label_overrides = new Map(character.map((c, i) => [i, c]));
+    axis.ticker = new Bokeh.FixedTicker({ticks: characters.map((_, i) => i)});
+    axis.major_label_overrides = new Map(characters.map((c, i) => [i, c]));
     axis.major_label_standoff = 1;
     axis.major_label_text_font = "monospace";
     axis.major_label_text_font_size = "9px";
@@ -111,13 +115,10 @@
   const hover = (renderer) => new Bokeh.HoverTool({tooltips: VALUES, renderers: [renderer]});
 
   function newMap(name, title) {
-    const element = document.createElement("figure");
-    element.innerHTML = `
-      <figcaption>${title}<div><small class="scale"></small> <small class="here"></small></div></figcaption>
-      <div class="map" id="explorer-map-${name}" tabindex="0" role="application"
-        aria-label="${title}: arrow keys move the query and the key"></div>`;
-    $("-maps").append(element);
-    const place = element.lastElementChild;
+    const place = element("div", {class: "map", id: `explorer-map-${name}`, tabindex: 0, role: "application",
+      "aria-label": `${title}: arrow keys move the query and the key`});
+    const values = element("div", {}, element("small", {class: "scale"}), " ", element("small", {class: "here"}));
+    $("-maps").append(element("figure", {}, element("figcaption", {}, title, values), place));
     const range = {start: -0.6, end: T - 0.4};
     const fig = newFigure(place, {aspect_ratio: 1, x_range: new Bokeh.Range1d(range),
       y_range: new Bokeh.Range1d({start: range.end, end: range.start})});
@@ -198,8 +199,8 @@
       const low = name === "a" || name === "error" ? "0" : `−${number(high)}`;
       caption(name, "scale", `${low} to ${number(high)},`);
     }
-    c.query_name = c.query.map((i) => `${i} ${character[i]}`);
-    c.key_name = c.key.map((i) => `${i} ${character[i]}`);
+    c.query_name = c.query.map((i) => `${i} ${characters[i]}`);
+    c.key_name = c.key.map((i) => `${i} ${characters[i]}`);
     c.zero = c.key.map(() => 0);
     cells.data = c;
   }
@@ -216,22 +217,23 @@
       const slider = $(`-${name}`);
       slider.max = name === "query" ? T - 1 : query;
       slider.value = state[name];
-      slider.previousElementSibling.textContent = `${state[name]} ${character[state[name]]}`;
+      slider.previousElementSibling.textContent = `${state[name]} ${characters[state[name]]}`;
       slider.setAttribute("aria-valuetext", slider.previousElementSibling.textContent);
     }
     const sum = (values) => number(values.reduce((total, v) => total + v, 0));
     const at = (name) => number(row[name][key]);
     for (const name of Object.keys(MAPS)) caption(name, "here", `picked ${at(name)}`);
-    $("-readout").innerHTML = `
-      <p>Head ${headName(state.head)}, ${METHODS[state.method]}, step ${state.step}. Query ${row.query_name[key]}:
-        lateral sum b = ${number(dot(row.a, row.g))}; over its keys d sums to ${sum(row.d)} and o to ${sum(row.o)}.</p>
-      <p>Key ${row.key_name[key]}: A = ${at("a")}, g = ${at("g")};
-        d = ${at("d")} and o = ${at("o")} make f = ${at("f")}.</p>`;
+    const about = [
+      `Head ${headName(state.head)}, ${METHODS[state.method]}, step ${state.step}. Query ${row.query_name[key]}: lateral sum
+        b = ${number(dot(row.a, row.g))}; over its keys d sums to ${sum(row.d)} and o to ${sum(row.o)}.`,
+      `Key ${row.key_name[key]}: A = ${at("a")}, g = ${at("g")}; d = ${at("d")} and o = ${at("o")} make f = ${at("f")}.`,
+    ];
+    $("-readout").replaceChildren(...about.map((sentence) => element("p", {}, sentence)));
     const names = ["a", "g", "d", "o", "f"];
-    const heading = ["key", ...names].map((name) => `<th scope="col">${name}</th>`).join("");
-    const numbers = (i) => names.map((name) => `<td>${number(row[name][i])}</td>`).join("");
-    $("-table").innerHTML = `<thead><tr>${heading}</tr></thead><tbody>${row.key.map((i) =>
-      `<tr><th scope="row">${row.key_name[i]}</th>${numbers(i)}</tr>`).join("")}</tbody>`;
+    const heading = ["key", ...names].map((name) => element("th", {scope: "col"}, name));
+    const rows = row.key.map((i) => element("tr", {}, element("th", {scope: "row"}, row.key_name[i]),
+      ...names.map((name) => element("td", {}, number(row[name][i])))));
+    $("-table").replaceChildren(element("thead", {}, element("tr", {}, ...heading)), element("tbody", {}, ...rows));
   }
 
   /* Canvases do not inherit colours: take those of the page, and again whenever the theme changes. */

@@ -10,7 +10,7 @@ addEventListener("load", async () => {
     svg.querySelector("a").setAttribute("aria-label", `equation ${text.textContent}`)
   }
   // What scrolls can be reached by Tab, and so scrolled with the arrow keys.
-  const boxes = document.querySelectorAll("pre, div.output.text_html, .table, .table-wrapper, figure.plot > div")
+  const boxes = document.querySelectorAll("pre, div.output.text_html, .table, .table-wrapper, figure.align-default")
   const observer = new ResizeObserver((entries) => {
     for (const {target: box} of entries) {
       box.tabIndex = box.scrollWidth > box.clientWidth || box.scrollHeight > box.clientHeight ? 0 : -1

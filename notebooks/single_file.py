@@ -1,4 +1,4 @@
-"""Put a page and all that it needs into one file, to send round: .ci/single_file.py PAGE.html TARGET.html"""
+"""Put a page and all that it needs into one file, to send round: single_file.py PAGE.html TARGET.html"""
 
 import base64
 import mimetypes

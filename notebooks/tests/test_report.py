@@ -3,6 +3,8 @@
 REPORT=FOLDER tests another copy. Every page is opened once, for all of its tests.
 """
 
+import base64
+import json
 import os
 import re
 import shutil
@@ -12,11 +14,12 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urljoin, urlsplit
 
+import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Locator, Page, sync_playwright
 
-REPORT = Path(os.environ.get("REPORT", Path(__file__).parents[1] / "report")).resolve()
+REPORT = Path(os.environ.get("REPORT", Path(__file__).parents[2] / "report")).resolve()
 # .work is make's own
 FILES = [path for path in REPORT.rglob("*") if path.is_file() and path.relative_to(REPORT).parts[0][0] != "."]
 PAGES = sorted(path.relative_to(REPORT).as_posix() for path in FILES if path.suffix == ".html")
@@ -43,7 +46,7 @@ class Visit(NamedTuple):
     trouble: list[str]  # grows while the page is open
 
 
-def visit_page(browser: Browser, address: str) -> Visit:
+def visit_page(browser: Browser, address: str, report: Path = REPORT) -> Visit:
     """Open a page of the report, wait for its formulas and unfold what it hides."""
     # a context of its own: pages share what they keep in localStorage
     page = browser.new_context(offline=True, viewport=DESKTOP).new_page()
@@ -57,7 +60,7 @@ def visit_page(browser: Browser, address: str) -> Visit:
     page.on("requestfailed", lambda request: trouble.append(f"{request.failure}: {request.url}"))
     page.on("console", lambda message: message.type == "error" and trouble.append(f"console: {message.text}"))
     page.on("pageerror", lambda error: trouble.append(f"script: {error}"))
-    page.goto(f"{REPORT.as_uri()}/{address}")
+    page.goto(f"{report.as_uri()}/{address}")
     page.evaluate("window.MathJax?.startup.promise")
     page.eval_on_selector_all("details", "all => all.forEach(details => details.open = true)")
     page.add_style_tag(content="* { transition: none !important }")  # colours are measured right after a change
@@ -121,6 +124,17 @@ def test_images_load_and_are_described(visit: Visit) -> None:
         "img", r"all => all.filter(i => !i.naturalWidth || /^\s*$|\.(png|svg)$/.test(i.alt)).map(i => i.outerHTML)"
     )
     assert not found, "\n".join(found)
+
+
+def test_figures_have_a_number_and_a_caption(visit: Visit) -> None:
+    figures = visit.page.eval_on_selector_all(
+        "figure.align-default", "all => all.map(f => [f.id, f.querySelector('figcaption')?.textContent ?? ''])"
+    )
+    found = [
+        f for f in figures if not re.match(rf"Figure {f[0].removeprefix('figure-').replace('-', '[.]')}[.] \w", f[1])
+    ]
+    assert not found
+    assert len({identity for identity, _ in figures}) == len(figures)
 
 
 def test_links_lead_somewhere(visit: Visit) -> None:
@@ -195,6 +209,62 @@ def test_explorer_answers(browser: Browser, act: Callable[[Page], None]) -> None
     act(page)
     answered = settled(picture) != before
     assert answered, "\n".join(["the picture stays as it was", *trouble])
+    assert not trouble, "\n".join(trouble)
+
+
+def test_explorer_names_each_head_by_its_place_and_its_cosine(browser: Browser) -> None:
+    page, trouble = visit_page(browser, "explorer.html")
+    data = page.evaluate("EXPLORER")
+    page.locator("#explorer-step label", has_text=re.compile("^50$")).click()
+    shown = page.eval_on_selector_all("#explorer-head label", "all => all.map(label => label.innerText.split(/\\s+/))")
+    rows, columns = np.tril_indices(len(data["characters"]))
+    stored, expected = data["maps"]["fa"]["50"], []
+    for layer in range(data["layers"]):
+        for head in range(data["heads"]):
+            number = layer * data["heads"] + head
+            a, g = (np.zeros((rows.max() + 1,) * 2) for _ in range(2))
+            for values, name, kind in ((a, "a", "<u2"), (g, "g", "<i2")):
+                every = np.frombuffer(base64.b64decode(stored[name]), kind)
+                values[rows, columns] = every.reshape(-1, len(rows))[number]
+            a /= a.sum(axis=1, keepdims=True)
+            f, d = a * (g - (a * g).sum(axis=1, keepdims=True)), a * (1 - a) * g
+            cosine = (f * d).sum() / np.sqrt((f**2).sum() * (d**2).sum())
+            expected.append([f"{layer}.{head}", f"{cosine:.2f}".replace("-", "−")])
+    assert shown == expected
+    assert not trouble, "\n".join(trouble)
+
+
+def test_explorer_writes_any_text_as_text(browser: Browser, tmp_path: Path) -> None:
+    hostile = [
+        "<img src=x onerror=alert(1)>",
+        "<script>document.title = 'taken'</script>",
+        "&amp;",
+        "$$x$$",
+        '"',
+        "\\x00",
+    ]
+    for path in REPORT.iterdir():
+        if path.name != "_static":
+            (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "_static").mkdir()
+    for path in (REPORT / "_static").iterdir():
+        (tmp_path / "_static" / path.name).symlink_to(path)
+    script = (REPORT / "_static" / "explorer-data.js").read_text(encoding="utf-8")
+    data = json.loads(script.removeprefix("const EXPLORER = ").removesuffix(";\n"))
+    data["characters"] = (hostile * len(data["characters"]))[: len(data["characters"])]
+    (tmp_path / "_static" / "explorer-data.js").unlink()
+    (tmp_path / "_static" / "explorer-data.js").write_text(f"const EXPLORER = {json.dumps(data)};\n", encoding="utf-8")
+    (tmp_path / "explorer.html").unlink()
+    shutil.copy(REPORT / "explorer.html", tmp_path)
+
+    page, trouble = visit_page(browser, "explorer.html", tmp_path)
+    for key in range(len(hostile)):
+        page.locator("#explorer-key").fill(str(key))
+        assert f"Key {key} {hostile[key]}: A" in page.locator("#explorer-readout").text_content()
+    assert page.locator("#explorer-table th[scope=row]").first.text_content() == f"0 {hostile[0]}"
+    page.locator("#explorer-map-f").hover(position={"x": 60, "y": 120})  # the values under the pointer
+    page.wait_for_timeout(500)
+    assert page.locator("#explorer [src=x], #explorer script").count() == 0 and page.title() != "taken"
     assert not trouble, "\n".join(trouble)
 
 

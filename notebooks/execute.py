@@ -1,4 +1,4 @@
-"""Execute notebooks, each in its own folder, with progress to look at: .ci/execute.py NOTEBOOK... [--output-dir DIR]
+"""Execute notebooks with progress to look at, each in its own folder: execute.py NOTEBOOK... [--output-dir DIR]
 
 Without --output-dir they are executed in place. A folder stands for the pages of the report in it. Standard output
 gets a line a notebook: its name and how long it took. A notebook is written when all of its cells have run, or not.

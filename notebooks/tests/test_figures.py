@@ -1,0 +1,867 @@
+"""What the figures show is what the numbers say: the cells that draw them, on numbers where every mix-up shows.
+
+Layers and heads differ in number, maps are not symmetric, no two numbers are the same. Cells are run as they stand.
+"""
+
+import ast
+import base64
+import io
+import json
+import re
+import warnings
+from functools import cache
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+from xml.etree import ElementTree
+
+import matplotlib
+import matplotlib.pyplot as plt
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.colors import LogNorm, to_hex
+
+import helpers
+from helpers import CATASTROPHIC, COLORS, DIVERGING, GROUP, SEQUENTIAL, TOLERABLE, plot_harm, plot_head_map, printable
+
+NOTEBOOKS = Path(__file__).parents[1]
+L, H, B, T = 2, 3, 4, 5
+NAMES = {"fa": "feedback alignment", "bp": "backpropagation"}
+NASTY = "a \n\t\0\x1b\x7f\x85<b>&\u200b$^_\\é"  # every kind of trouble that a text may bring
+
+
+@pytest.fixture(autouse=True)
+def drawing(monkeypatch):
+    """No windows, no time spent on layout, and nothing that a figure changes stays changed."""
+    matplotlib.use("agg")
+    monkeypatch.setattr(plt, "show", lambda: None)
+    with plt.rc_context(), pd.option_context("display.max_rows", 60, "display.max_columns", 20):
+        helpers.set_style()
+        assert plt.rcParams["figure.constrained_layout.use"] and pd.get_option("display.max_rows") is None
+        plt.rcParams["figure.constrained_layout.use"] = False
+        monkeypatch.setattr(helpers, "set_style", lambda: None)
+        yield
+    plt.close("all")
+
+
+@cache
+def code_cells(notebook):
+    return [cell for cell in nbformat.read(NOTEBOOKS / f"{notebook}.ipynb", as_version=4).cells if cell.source]
+
+
+def figure_options(cell):
+    return cell.metadata.get("mystnb", {}).get("figure", {})
+
+
+def find(notebook, what):
+    (cell,) = (
+        cell
+        for cell in code_cells(notebook)
+        if cell.cell_type == "code" and (what in (cell.id, figure_options(cell).get("name")) or what in cell.source)
+    )
+    return ast.parse(cell.source).body
+
+
+def run(notebook, *wanted, only=ast.stmt, **names):
+    """Run the cells that have this figure, this id or this text in them, after the imports, in a namespace of theirs.
+
+    Returns what they name; ``value`` is what the last one would show under it.
+    """
+    names["__name__"] = __name__  # warnings in cells count as ours
+    body = find(notebook, "set_style()")
+    for what in wanted:
+        body += [statement for statement in find(notebook, what) if isinstance(statement, only)]
+    if isinstance(body[-1], ast.Expr):
+        body[-1] = ast.Assign([ast.Name("value", ast.Store())], body[-1].value)
+    exec(compile(ast.fix_missing_locations(ast.Module(body, [])), f"<{notebook}>", "exec"), names)
+    return SimpleNamespace(**names)
+
+
+def words_over(ax):
+    return ax.get_title(loc="left")
+
+
+def by_title():
+    return {words_over(ax): ax for ax in plt.gcf().axes}
+
+
+def ticks(axis):
+    places = axis.get_ticklocs()
+    return dict(zip(map(float, places), map(str, axis.get_major_formatter().format_ticks(places)), strict=True))
+
+
+def lines(ax):
+    """The lines by colour: a list of (N, 2) each, without those that go across and those of the legend."""
+    found = {}
+    for line in ax.lines:
+        xy = np.column_stack(line.get_data())
+        if len(xy) > 0 and line.get_transform() == ax.transData:
+            found.setdefault(to_hex(line.get_color()), []).append(xy)
+    return found
+
+
+def levels(ax, horizontal=True):
+    """Where the lines lie that go from one end of the axes to the other."""
+    across = [line for line in ax.lines if line.get_transform() == ax.get_yaxis_transform("grid")]
+    along = [line for line in ax.lines if line.get_transform() == ax.get_xaxis_transform("grid")]
+    return [line.get_ydata()[0] for line in across] if horizontal else [line.get_xdata()[0] for line in along]
+
+
+def legend(ax):
+    found = ax.get_legend()
+    return dict(zip([t.get_text() for t in found.get_texts()], found.legend_handles, strict=True))
+
+
+def title():
+    return plt.gcf().get_suptitle()
+
+
+def head_table(seed, *quantities):
+    """As ``energy_table``'s, with intervals that are longer to one side."""
+    random = np.random.default_rng(seed)
+    table = pd.DataFrame({"layer": np.repeat(range(L), H), "head": np.tile(range(H), L)})
+    for name in quantities:
+        value = random.uniform(0.1, 0.9, L * H) - (name == "r_cross")
+        table[name], table[f"{name}_lo"], table[f"{name}_hi"] = value, value - random.uniform(0.01, 0.1), value + 0.2
+    return table
+
+
+def random_layers(seed=0, size=T, heads=H):
+    """Captured layers, attention (B, H, T, T) causal and the error at it, in float64."""
+    random = torch.Generator().manual_seed(seed)
+    layers = []
+    for layer in range(L):
+        scores = torch.randn(B, heads, size, size, generator=random, dtype=torch.float64)
+        attn = (scores + torch.full((size, size), -torch.inf).triu(1)).softmax(-1)
+        grad = torch.randn(attn.shape, generator=random, dtype=torch.float64) * attn.gt(0)
+        layers.append(SimpleNamespace(name=f"layer {layer}", attn=attn, grad=grad, scores=scores))
+    return layers
+
+
+# ---- every figure ----
+
+
+def test_every_figure_has_its_number_a_caption_and_words_for_those_who_cannot_see_it():
+    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+        cells = [cell for cell in code_cells(path.stem) if "plt.show()" in cell.source]
+        for i, cell in enumerate(cells, start=1):
+            number = f"{0 if path.stem == 'index' else int(path.stem[:2])}.{i}"
+            options = cell.metadata["mystnb"]
+            assert re.match(rf"\*\*Figure {re.escape(number)}\.\*\* \w", options["figure"]["caption"]), cell.id
+            assert options["figure"]["name"] == f"figure-{number.replace('.', '-')}"
+            assert len(options["image"]["alt"]) > 40
+            assert "nbval-ignore-output" in cell.metadata["tags"]  # another matplotlib draws other bytes
+            assert "remove-output" not in cell.metadata["tags"]
+        drawing = [cell.id for cell in code_cells(path.stem) if "plot_harm(" in cell.source]
+        assert set(drawing) <= {cell.id for cell in cells}
+
+
+def test_figures_that_prose_and_captions_name_are_there():
+    existing = {
+        figure_options(cell).get("caption", "")[2:].split(".**")[0]
+        for p in NOTEBOOKS.glob("*.ipynb")
+        for cell in code_cells(p.stem)
+    }
+    for path in NOTEBOOKS.glob("*.ipynb"):
+        for cell in code_cells(path.stem):
+            text = json.dumps([cell.source if cell.cell_type == "markdown" else "", cell.metadata])
+            assert set(re.findall(r"Figure \d\.\d+", text)) <= existing
+
+
+def test_the_same_figure_is_the_same_bytes_and_valid_whatever_the_text():
+    pictures = []
+    for _ in range(2):
+        plt.figure()
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
+            plot_head_map(torch.rand(len(NASTY), len(NASTY), generator=torch.Generator().manual_seed(0)), NASTY)
+        file = io.BytesIO()
+        plt.savefig(file, format="svg", **helpers.InlineBackend.instance().print_figure_kwargs)
+        plt.close()
+        pictures.append(file.getvalue())
+    assert pictures[0] == pictures[1]
+    ElementTree.fromstring(pictures[0])
+    assert helpers.InlineBackend.instance().figure_formats == {"svg"}
+
+
+def test_no_two_things_of_one_kind_share_a_colour():
+    for things in (("bp", "fa", "sign_sym", "dfa"), ("full", "diag", "offdiag", "cross", "ste")):
+        assert len({COLORS[thing] for thing in things}) == len(things)
+
+
+# ---- helpers: maps and scales ----
+
+
+def test_printable_shows_each_character_and_only_what_can_be_shown():
+    shown = printable(NASTY)
+    assert len(shown) == len(NASTY) == len(set(shown))
+    assert all(label.isprintable() and label.strip() for label in shown)
+    assert [shown[NASTY.index(c)] for c in "a<&é"] == list("a<&é")
+
+
+def test_a_head_map_has_queries_down_and_keys_across():
+    values = torch.arange(9.0).reshape(3, 3)
+    ax = plot_head_map(values, "xyz")
+    shown = ax.images[0].get_array()
+    assert shown.tolist() == [[0, None, None], [3, 4, None], [6, 7, 8]]
+    assert ticks(ax.xaxis) == ticks(ax.yaxis) == {0: "x", 1: "y", 2: "z"}
+    assert ax.yaxis_inverted() and not ax.xaxis_inverted()
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("key", "query")
+    assert ax.images[0].get_clim() == (0, 8) and ax.images[0].get_cmap().name == SEQUENTIAL
+    assert ax.images[0].get_interpolation() == "none"
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [(torch.ones(2, 3), None), (torch.ones(3, 3), "xy"), (torch.ones(3), None), (torch.ones(0, 0), "")],
+)
+def test_a_head_map_of_another_shape_is_refused(values, text):
+    with pytest.raises(ValueError, match="a map is"):
+        plot_head_map(values, text)
+
+
+@pytest.mark.parametrize("largest", [-4.0, 4.0, 0.0, torch.nan])
+def test_signed_scales_are_centred_on_zero_and_hold_every_value(largest):
+    maps = torch.tensor([[largest, 0.5 * largest], [-0.25 * largest, 0]])
+    norm = helpers.signed_scale(maps)
+    assert norm.vmin == -norm.vmax < 0 and norm(0) == 0.5
+    if largest:
+        assert norm.vmax == 4 or largest != largest
+    with warnings.catch_warnings(action="error"):
+        plot_head_map(maps, norm=norm, cmap=DIVERGING)
+        plt.gcf().canvas.draw()
+
+
+# ---- helpers: harm ----
+
+
+def harm_rows(**changes):
+    """Two groups as ``harm_table`` gives them, with every verdict."""
+    words = ["tolerable", "costly", "catastrophic", "costly", "reference", "missing", "undecided"]
+    n = len(words)
+    table = pd.DataFrame(
+        {
+            "task": ["recall"] * 3 + ["shakespeare"] * 4,
+            "method": ["fa"] * 3 + ["bp"] * 4,
+            "attn_mode": ["softmax"] * 3 + ["sigmoid"] * 4,
+            "steps": [3000] * 3 + [500] * 4,
+            "rule": ["mean", "zero", "ste", "running", "full", "lateral", "diagonal"],
+            "harm": [0.1, 0.6, 1.7, 0.5, 0.0, np.nan, np.nan],
+            "low": [-0.1, 0.2, 1.2, 0.3, 0.0, np.nan, np.nan],
+            "high": [0.2, 1.1, 2.9, 0.8, 0.0, np.nan, np.nan],
+            "verdict": words,
+            "lr_at_end": [False, True, False, True] + [False] * (n - 4),
+        }
+    )
+    return table.assign(**changes)
+
+
+def drawn_harm(axes):
+    """What a reader takes from the figure: one row a rule, by its place on the axis."""
+    rows = []
+    for ax in axes:
+        rules = {position: rule for position, rule in ticks(ax.yaxis).items()}
+        words = {text.xy[1]: text for text in ax.texts}
+        for bar, point in zip(lines_of_length(ax, 2), lines_of_length(ax, 1), strict=True):
+            (low, y), (high, same) = np.column_stack(bar.get_data())
+            assert y == same == point.get_ydata()[0] and bar.get_color() == point.get_color() == words[y].get_color()
+            rows.append((words_over(ax), rules[y], *point.get_xdata(), low, high, words[y].get_text(), point))
+            assert words[y].xy[0] >= high  # the word does not cover the bar
+    return pd.DataFrame(rows, columns=["group", "rule", "harm", "low", "high", "verdict", "point"])
+
+
+def lines_of_length(ax, n):
+    return [line for line in ax.lines if len(line.get_xdata()) == n and line.get_transform() == ax.transData]
+
+
+def test_harm_stands_at_its_rule_with_its_interval_word_colour_and_marker():
+    table = harm_rows()
+    axes = plot_harm(table)
+    drawn = drawn_harm(axes)
+    groups = ["recall, fa, 3,000 steps"] * 3 + ["shakespeare, bp, sigmoid attention, 500 steps"]
+    assert drawn["group"].tolist() == groups
+    expected = table[:4].set_index("rule")
+    columns = ["harm", "low", "high", "verdict"]
+    pd.testing.assert_frame_equal(drawn.set_index("rule")[columns].sort_index(), expected[columns].sort_index())
+    assert drawn["rule"].tolist() == ["ste", "zero", "mean", "running"]  # the best is on top
+    looks = {"tolerable": ("#009e73", "o"), "costly": ("#9a6700", "s"), "catastrophic": ("#d55e00", "X")}
+    for row in drawn.itertuples():
+        color, marker = looks[row.verdict]
+        assert to_hex(row.point.get_color()) == color and row.point.get_marker() == marker
+        at_end = expected.loc[row.rule, "lr_at_end"]
+        assert to_hex(row.point.get_markerfacecolor()) == ("#ffffff" if at_end else color)
+    for ax in axes:
+        assert sorted(levels(ax, horizontal=False)) == [0, TOLERABLE, CATASTROPHIC]
+        dashed = [line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == "--"]
+        assert sorted(dashed) == [TOLERABLE, CATASTROPHIC]
+        assert not ax.yaxis_inverted() and ax.get_xlim() == axes[0].get_xlim()
+        assert ax.get_xlim()[0] < table["low"].min() and ax.get_xlim()[1] > table["high"].max()
+        assert ax.get_ylim()[0] < 0 and ax.get_ylim()[1] > len(ticks(ax.yaxis)) - 1
+    assert axes[-1].get_xlabel().startswith("harm (0: full, 1: Q and K never trained")
+
+
+def test_equal_harms_are_drawn():
+    assert len(drawn_harm(plot_harm(harm_rows(harm=0.5, low=0.5, high=0.5, verdict="costly")))) == 6
+
+
+@pytest.mark.parametrize("table", [harm_rows(harm=np.nan), harm_rows()[:0], harm_rows(rule="none")])
+def test_a_table_without_any_harm_is_refused_in_words(table):
+    with pytest.raises(ValueError, match="no rule in this table has a harm"):
+        plot_harm(table)
+
+
+@pytest.fixture(scope="module")
+def real():
+    """What the stored results say: the table of harm, each row under its settings."""
+    return helpers.harm_table(helpers.load_results())
+
+
+def assert_draws(axes, table):
+    table = table[~table["rule"].isin(["full", "none"]) & table["harm"].notna()]
+    kinds = [
+        f"{r.task}, {r.method}, {'sigmoid attention, ' * (r.attn_mode == 'sigmoid')}{r.steps:,} steps"
+        for r in table.itertuples()
+    ]
+    columns = ["group", "rule", "harm", "low", "high", "verdict"]
+    expected = table.assign(group=kinds)[columns].sort_values(columns[:2], ignore_index=True)
+    drawn = drawn_harm(axes)[columns].sort_values(columns[:2], ignore_index=True)
+    pd.testing.assert_frame_equal(drawn, expected, check_dtype=False)
+
+
+def test_the_front_page_draws_every_verdict_and_its_table_has_the_numbers(real):
+    indexed = real.set_index([*GROUP, "rule"])
+    shown = run("index", "figure-0-1", "numbers-0-1", table=indexed)
+    axes = np.array(plt.gcf().axes)
+    assert_draws(axes, real)
+    numbers = shown.value.reset_index()
+    drawn = drawn_harm(axes).sort_values(["harm", "rule"], ignore_index=True)
+    numbers = numbers[numbers["harm"].notna()].sort_values(["harm", "rule"], ignore_index=True)
+    assert sorted(zip(drawn["rule"], drawn["harm"].round(3), strict=True)) == sorted(
+        zip(numbers["rule"], numbers["harm"], strict=True)
+    )
+
+
+# ---- 01 ----
+
+
+def test_figure_1_1_shows_the_jacobians_on_one_scale_that_holds_them():
+    shown = run(
+        "01_softmax_jacobian",
+        "def jacobian(",
+        "by_autograd = torch.autograd.functional",
+        "figure-1-1",
+        "numbers-1-1",
+        N_KEYS=4,
+    )
+    for name, s in shown.scores.items():
+        a = s.softmax(-1)
+        expected = [[float(a[i] * (int(i == j) - a[j])) for j in range(len(a))] for i in range(len(a))]
+        ax = by_title()[name]
+        mesh = ax.collections[0]
+        np.testing.assert_allclose(mesh.get_array().reshape(len(a), -1), expected, atol=1e-6)
+        np.testing.assert_allclose(shown.value.loc[name].to_numpy()[:, : len(a)], expected, atol=6e-4)
+        assert mesh.get_clim() == (-0.2, 0.2) and np.abs(expected).max() < 0.2 and mesh.get_cmap().name == DIVERGING
+        assert (ax.get_xlabel(), ax.get_ylabel()) == ("key j", "key i") and ax.yaxis_inverted()
+
+
+def test_figure_1_2_draws_the_ratios_over_the_constant():
+    torch.manual_seed(0)
+    attn = random_layers(heads=1)[0].attn
+    names = {"attn": attn, "errors": torch.randn(B, T, T), "as_maps": lambda rows: rows[:, None].double()}
+    ratios = ["r_diag", "r_offdiag", "r_cross", "one_minus_r_diag"]
+    shown = run("01_softmax_jacobian", "figure-1-2", "numbers-1-2", **names, ratios=ratios)
+    ax = plt.gca()
+    label_of = {"one_minus_r_diag": "1 - r_diag"}
+    by_label = {line.get_label(): np.column_stack(line.get_data()) for line in ax.lines}
+    for i in (0, 13, 40):
+        row = helpers.head_energy(attn, names["as_maps"](names["errors"] + shown.shifts[i]), n_boot=2).iloc[0]
+        for name in ratios:
+            assert by_label[label_of.get(name, name)][i].tolist() == [shown.shifts[i], row[name]]
+            assert abs(shown.value[name].iloc[i] - row[name]) < 6e-4
+    for name, color in {"r_diag": "diag", "r_offdiag": "offdiag", "r_cross": "cross"}.items():
+        assert to_hex(legend(ax)[name].get_color()) == COLORS[color].lower()
+    assert shown.value.index.tolist() == shown.shifts.tolist()
+    assert ax.get_xlabel().startswith("constant added to g") and ax.get_ylabel() == "energy / energy of f"
+
+
+# ---- 02 ----
+
+
+def test_figure_2_1_draws_each_method_s_loss_and_the_lines_to_compare_it_with():
+    losses = {"fa": pd.Series([4.0, 3.0, 2.5], [0, 50, 100]), "bp": pd.Series([4.1, 2.0, 1.5], [0, 50, 100])}
+    runs = {method: SimpleNamespace(series={"val_loss": loss}.get) for method, loss in losses.items()}
+    shown = run("02_training", "figure-2-1", "numbers-2-1", runs=runs, references={"unigram": 3.3, "bigram": 2.4})
+    ax = plt.gca()
+    for method, loss in losses.items():
+        (line,) = lines(ax)[COLORS[method].lower()]
+        assert line.tolist() == [list(pair) for pair in loss.items()]
+        assert to_hex(legend(ax)[NAMES[method]].get_color()) == COLORS[method].lower()
+        pd.testing.assert_series_equal(shown.value[method], loss, check_names=False)
+    assert levels(ax) == [3.3, 2.4]
+    assert {text.get_text(): text.xy[1] for text in ax.texts} == {"unigram 3.30": 3.3, "bigram 2.40": 2.4}
+    assert ax.get_xlabel() == "training step" and ax.get_ylabel() == "validation loss (nats per token)"
+
+
+def test_figure_2_2_averages_over_maps_on_the_left_and_over_blocks_on_the_right():
+    maps = ["q_proj", "k_proj", "v_proj"]
+    inside = pd.DataFrame(product((0, 50), "01", maps), columns=["step", "block", "map"])
+    inside["value"] = inside["step"] + 10 * inside["block"].astype(int) + inside["map"].map(maps.index) ** 2
+    shown = run("02_training", "figure-2-2", "numbers-2-2", inside=inside, config=SimpleNamespace(n_layer=2))
+    left, right = plt.gcf().axes
+    assert words_over(left).startswith("mean over the six maps") and "blocks" in words_over(right)
+    for ax, column in ((left, "block"), (right, "map")):
+        for label, handle in legend(ax).items():
+            if label in set(inside[column]):
+                (line,) = lines(ax)[to_hex(handle.get_color())]
+                mean = inside[inside[column] == label].groupby("step")["value"].mean()
+                np.testing.assert_allclose(line, list(mean.items()))
+        assert len(lines(ax)) == inside[column].nunique()
+    assert shown.value.loc[50, ("1", "v_proj")] == 64 and left.get_ylim() == right.get_ylim()
+    assert left.get_xlabel() == "training step" and left.get_ylabel() == "cosine of FA's gradient with BP's"
+
+
+# ---- 04 ----
+
+
+def test_figure_4_1_has_layers_down_heads_across_and_one_scale_for_both_methods():
+    quantities = {"r_diag": "diagonal", "r_offdiag": "off-diagonal", "r_cross": "cross", "cos_diag": "cosine d, f"}
+    tables = {"fa": head_table(1, *quantities), "bp": head_table(2, *quantities)}
+    run("04_energy_split", "figure-4-1", tables=tables, names=NAMES)
+    axes = by_title()
+    for quantity, label in quantities.items():
+        both = pd.concat(tables.values())[quantity]
+        for row, (method, table) in enumerate(tables.items()):
+            ax = axes[f"{method.upper()}: {label}"]
+            assert ax.get_subplotspec().rowspan.start == row
+            mesh = ax.collections[0]
+            written = {tuple(np.subtract(text.get_position(), 0.5)[::-1]): text.get_text() for text in ax.texts}
+            for cell in table.itertuples():
+                value = getattr(cell, quantity)
+                assert mesh.get_array().reshape(L, H)[cell.layer, cell.head] == value
+                assert written[cell.layer, cell.head] == f"{value:.2f}"
+            low, high = mesh.get_clim()
+            assert low <= both.min() and high >= both.max()
+            signed = quantity == "r_cross"
+            assert mesh.get_cmap().name == (DIVERGING if signed else SEQUENTIAL)
+            assert (low == -high) if signed else (low, high) == (both.min(), both.max())
+            assert list(ticks(ax.xaxis).values()) == ["0", "1", "2"] and list(ticks(ax.yaxis).values()) == ["0", "1"]
+            assert (ax.get_xlabel(), ax.get_ylabel()) == ("head", "layer")
+            assert ax.yaxis_inverted() and not ax.xaxis_inverted()
+
+
+def test_grids_of_constant_and_of_undefined_numbers_draw():
+    cell = run("04_energy_split", "figure-4-1", only=ast.FunctionDef)
+    for value in (0.5, -0.5, 0.0, np.nan):
+        _, ax = plt.subplots()
+        cell.plot_head_grid(head_table(1).assign(x=value), "x", (value, value), ax)
+        plt.gcf().canvas.draw()
+        shown = ax.collections[0].get_array()
+        assert (shown.mask.all() if np.isnan(value) else (shown == value).all()) and shown.size == L * H
+
+
+INTERVALS = {
+    "figure-4-2": {"r_diag": "diag", "r_offdiag": "offdiag", "r_cross": "cross"},
+    "figure-4-8": {"cos_diag": "diag", "cos_ste": "ste", "cos_ste_unmasked": "full"},
+}
+
+
+def assert_intervals(ax, table, quantities):
+    assert [bars.get_label() for bars in ax.containers] == list(quantities)
+    assert list(ticks(ax.xaxis).values()) == ["0.0", "0.1", "0.2", "1.0", "1.1", "1.2"]
+    places, markers = [], set()
+    for (quantity, color), (points, _, (bars,)) in zip(quantities.items(), ax.containers, strict=True):
+        x, y = points.get_data()
+        assert y.tolist() == table[quantity].tolist()
+        assert (np.rint(x) == np.arange(L * H)).all()  # beside its own tick
+        for place, low, high, bar in zip(
+            x, table[f"{quantity}_lo"], table[f"{quantity}_hi"], bars.get_segments(), strict=True
+        ):
+            np.testing.assert_allclose(bar, [(place, low), (place, high)])
+        assert {to_hex(points.get_color()), *map(to_hex, bars.get_colors())} == {COLORS[color].lower()}
+        places += x.tolist()
+        markers.add(points.get_marker())
+    assert len(set(places)) == len(places) and len(markers) == len(quantities)  # nothing hides behind another
+
+
+@pytest.mark.parametrize("figure", INTERVALS)
+def test_intervals_stand_at_their_head_from_their_lower_to_their_upper_end(figure):
+    quantities = INTERVALS[figure]
+    tables = {"fa": head_table(1, *quantities), "bp": head_table(2, *quantities)}
+    function = vars(run("04_energy_split", "figure-4-2", only=ast.FunctionDef))
+    numbers = ["numbers-4-8"] if figure == "figure-4-8" else []
+    shown = run("04_energy_split", figure, *numbers, **{**function, "tables": tables, "names": NAMES})
+    axes = by_title()
+    for method, name in NAMES.items():
+        assert_intervals(axes[name], tables[method], quantities)
+        assert axes[name].get_ylim() == axes[NAMES["fa"]].get_ylim()
+    assert list(legend(axes[NAMES["fa"]])) == list(quantities)
+    assert axes[NAMES["bp"]].get_xlabel() == "layer.head"
+    if figure == "figure-4-2":
+        assert levels(axes[NAMES["fa"]]) == [0, 1] and axes[NAMES["fa"]].get_ylabel() == "energy / energy of f"
+    else:
+        assert axes[NAMES["fa"]].get_ylim() == (0, 1) and axes[NAMES["fa"]].get_ylabel() == "cosine with f"
+        expected = tables["bp"]["cos_ste_unmasked_hi"].round(3).tolist()
+        assert shown.value.loc["bp", "cos_ste_unmasked_hi"].tolist() == expected
+
+
+def test_intervals_of_four_quantities_draw():
+    quantities = {"r_diag": "diag", "r_offdiag": "offdiag", "r_cross": "cross", "cos_diag": "ste"}
+    table = head_table(1, *quantities)
+    cell = run("04_energy_split", "figure-4-2", only=ast.FunctionDef)
+    _, ax = plt.subplots()
+    cell.plot_head_intervals(table, quantities, ax)
+    assert_intervals(ax, table, quantities)
+
+
+def map_figures():
+    """The four grids of maps, each with what it should show, from the formulas."""
+    layers = random_layers()
+    a, g = (torch.stack([getattr(layer, name) for layer in layers]) for name in ("attn", "grad"))  # (L, B, H, T, T)
+    d = a * (1 - a) * g
+    o = a * (g - (a * g).sum(-1, keepdim=True)) - d
+    yield "figure-4-3", a[:, 0], SEQUENTIAL, "attention weight", "attends"
+    yield "figure-4-4", d.square().mean(1), SEQUENTIAL, "energy of d, squared nats", "Diagonal energy"
+    yield "figure-4-5", o.square().mean(1), SEQUENTIAL, "energy of o, squared nats", "Off-diagonal energy"
+    yield "figure-4-6", 2 * (d * o).mean(1), DIVERGING, "cross energy 2 d o, squared nats", "Cross energy"
+
+
+def test_grids_of_maps_have_each_head_in_its_place_on_one_scale_that_holds_them_all():
+    figures = list(map_figures())
+    run("04_energy_split", *(figure[0] for figure in figures), captured={"fa": random_layers()})
+    for number, (_, maps, cmap, label, words) in zip(plt.get_fignums(), figures, strict=True):
+        *panels, colorbar = plt.figure(number).axes
+        assert len(panels) == L * H
+        norm = panels[0].images[0].norm
+        for ax in panels:
+            place = ax.get_subplotspec()
+            layer, head = place.rowspan.start, place.colspan.start
+            assert ax.get_title() == f"{layer}.{head}"
+            shown = ax.images[0].get_array()
+            assert (shown.mask == ~np.tri(T, dtype=bool)).all()
+            np.testing.assert_allclose(shown.filled(0), np.tril(maps[layer, head]), rtol=1e-9)
+            assert ax.images[0].norm is norm and ax.images[0].get_cmap().name == cmap and ax.yaxis_inverted()
+            assert ax.get_xlabel() == "key" * (layer == L - 1) and ax.get_ylabel() == "query" * (head == 0)
+        seen = maps[..., torch.ones(T, T).tril().bool()]
+        assert norm.vmax >= seen.max() * (1 - 1e-12)
+        if cmap == DIVERGING:
+            assert norm.vmin == -norm.vmax <= seen.min() and norm(0) == 0.5
+        elif label == "attention weight":
+            assert (norm.vmin, norm.vmax) == (0, 1)
+        else:
+            assert norm.clip and norm.vmin == pytest.approx(norm.vmax / 1000) and isinstance(norm, LogNorm)
+        assert (
+            colorbar.get_ylabel() == label
+            and colorbar.get_ylim() == pytest.approx((norm.vmin, norm.vmax))
+            and words in title()
+        )
+
+
+def test_figure_4_7_shows_the_head_whose_parts_cancel_most_on_its_text():
+    size = 14
+    layers = random_layers(size=size)
+    splits = [helpers.split_softmax_gradient(layer.attn, layer.grad) for layer in layers]
+    table = head_table(1, "r_cross").assign(r_cross=[-0.1, -0.2, -0.3, -0.4, -0.9, -0.5])  # head 1.1
+    text = "To be, or not:"
+    names = {"tables": {"fa": table}, "layers": layers, "splits": splits, "x": torch.arange(size)[None]}
+    corpus = SimpleNamespace(decode=lambda ids: "".join(text[i] for i in ids))
+    shown = run("04_energy_split", "figure-4-7", "numbers-4-7", corpus=corpus, **names)
+    a, g = layers[1].attn[0, 1], layers[1].grad[0, 1]
+    tri = torch.ones(size, size).tril().bool()
+    d = a * (1 - a) * g
+    parts = {"attention a": a, "diagonal d": d, "off-diagonal o": a * (g - (a * g).sum(-1, keepdim=True)) - d}
+    for label, part in parts.items():
+        ax = by_title()[label]
+        np.testing.assert_allclose(ax.images[0].get_array().filled(0), part, atol=1e-12)
+        assert list(ticks(ax.xaxis).values()) == list(ticks(ax.yaxis).values()) == printable(text)
+        low, high = ax.images[0].get_clim()
+        assert low <= part[tri].min() and high >= part[tri].max() - 1e-12
+        if label != "attention a":
+            assert low == -high and ax.images[0].get_cmap().name == DIVERGING
+        numbers = shown.value.loc[label].astype(float)
+        np.testing.assert_allclose(numbers, part, atol=1e-3 * part.abs().max())
+        assert numbers.index.tolist() == numbers.columns.tolist() == printable(text)
+    assert title().startswith("FA head 1.1:")
+
+
+def test_figure_4_9_has_a_point_a_head_and_a_dash_at_the_mean():
+    choices = ["nothing", "plain mean of g", "lateral sum b"]
+    columns = ["method", "layer", "subtracted from g", "head"]
+    centred = pd.DataFrame(product(NAMES.values(), ["layer 0", "layer 1"], choices, range(H)), columns=columns)
+    centred["cosine"] = np.random.default_rng(0).uniform(0.5, 1, len(centred))
+    shown = run("04_energy_split", "figure-4-9", "numbers-4-9", centred=centred)
+    ax = plt.gca()
+    assert list(ticks(ax.xaxis).values()) == choices
+    points, dashes = {}, {}
+    for collection in ax.collections:
+        for (x, y), color in zip(
+            collection.get_offsets(), np.resize(collection.get_facecolors(), (99, 4)), strict=False
+        ):
+            points.setdefault((round(float(x)), to_hex(color)), []).append(y)
+    for line in ax.lines:
+        for x, y in zip(*line.get_data(), strict=True):
+            dashes[round(float(x)), to_hex(line.get_color())] = y
+    for (method, choice), part in centred.groupby(["method", "subtracted from g"]):
+        (key,) = (key for key, name in NAMES.items() if name == method)
+        place = choices.index(choice), COLORS[key].lower()
+        assert sorted(points[place]) == sorted(part["cosine"])
+        assert dashes[place] == pytest.approx(part["cosine"].mean())
+        assert to_hex(legend(ax)[method].get_color()) == COLORS[key].lower()
+        for layer, mean in part.groupby("layer")["cosine"].mean().items():
+            assert abs(shown.value.loc[(method, layer), choice] - mean) < 6e-4
+    low, high = ax.get_ylim()
+    assert low == 0 and high >= 1 and ax.get_ylabel() == "cosine of the diagonal part with f"
+
+
+def test_figure_4_10_draws_the_mean_over_heads_and_a_band_that_holds_them_all():
+    quantities = ["r_diag", "cos_diag", "common_mode", "entropy"]
+    moments = list(product(NAMES, (0, 50, 100)))
+    tables = [head_table(i, *quantities).assign(method=m, step=step) for i, (m, step) in enumerate(moments)]
+    over_training = pd.concat(tables)
+    run("04_energy_split", "figure-4-10", over_training=over_training)
+    for ax, quantity in zip(plt.gcf().axes, quantities, strict=True):
+        words = {"r_diag": "r_diag", "cos_diag": "cosine", "common_mode": "common mode", "entropy": "entropy"}
+        assert words[quantity] in ax.get_ylabel() and (ax.get_yscale() == "log") == (quantity == "r_diag")
+        for method, part in over_training.groupby("method"):
+            (line,) = lines(ax)[COLORS[method].lower()]
+            by_step = part.groupby("step")[quantity]
+            np.testing.assert_allclose(line, list(by_step.mean().items()))
+            (band,) = (b for b in ax.collections if to_hex(b.get_facecolor()[0]) == COLORS[method].lower())
+            ends = pd.DataFrame(band.get_paths()[0].vertices).groupby(0)[1]
+            np.testing.assert_allclose(ends.min(), by_step.min())
+            np.testing.assert_allclose(ends.max(), by_step.max())
+    assert {name: to_hex(h.get_color()) for name, h in legend(plt.gcf().axes[0]).items()} == {
+        m: COLORS[m].lower() for m in NAMES
+    }
+
+
+# ---- 05 and 06, from the stored results ----
+
+
+@pytest.fixture(scope="module")
+def verdict(real):
+    return {"results": helpers.load_results(), "table": real}
+
+
+def test_figures_5_1_and_6_1_draw_their_tables(real):
+    core = real[real["rule"].isin(["full", "diagonal", "ste", "none"])]
+    run("05_verdict", "figure-5-1", core=core)
+    assert_draws(plt.gcf().axes, core)
+    plt.close("all")
+    bp = real.query("method == 'bp' and attn_mode == 'softmax' and steps in (500, 3000)")
+    run("06_local_surrogates", "figure-6-1", table=bp)
+    assert_draws(plt.gcf().axes, bp)
+
+
+RULES = {"full": COLORS["full"], "none": "#777777", "diagonal": COLORS["diag"], "ste": COLORS["ste"]}
+
+
+def runs_by_rule(verdict, chosen):
+    """The runs of the stored table, at the feedback scale (and the rate) of the table of harm, by panel and rule."""
+    results, table = verdict["results"], verdict["table"].rename(columns={"rule": "softmax_backward"})
+    runs = results.merge(table[[*GROUP, "softmax_backward", *chosen]])
+    runs = runs[runs["attn_mode"] == "softmax"]
+    return dict(iter(runs.groupby(["task", "method", "steps", "softmax_backward"])))
+
+
+def test_figure_5_2_draws_each_rule_s_loss_over_its_rates(verdict):
+    shown = run("05_verdict", "figure-5-2", "numbers-5-2", **verdict)
+    tuning = runs_by_rule(verdict, ["feedback_scale"])
+    colors = {rule: to_hex(handle.get_color()) for rule, handle in legend(plt.gcf().axes[1]).items()}
+    assert colors == {rule: color.lower() for rule, color in RULES.items()}
+    for ax, (task, method, steps) in zip(plt.gcf().axes, shown.panels, strict=True):
+        for rule, color in colors.items():
+            part = tuning[task, method, steps, rule]
+            mean = part[part["seed"] >= helpers.FIRST_TUNING_SEED].groupby("lr")["val_loss"].mean()
+            (line,) = lines(ax)[color]
+            np.testing.assert_allclose(line, list(mean.items()))
+            np.testing.assert_allclose(shown.value.loc[(task, method, steps, rule)].dropna(), mean, atol=6e-4)
+        assert words_over(ax) == f"{task}, {method}" and ax.get_xscale() == "log"
+        assert (ax.get_xlabel(), ax.get_ylabel()) == ("learning rate", "validation loss (nats)")
+
+
+def test_figure_5_3_draws_every_seed_s_curve_in_the_colour_of_its_rule(verdict):
+    corpus = SimpleNamespace(name="another", is_shakespeare=False)
+    names = verdict | {"corpus": corpus, "rule_colors": RULES}
+    names["panels"] = [
+        ("recall", "bp", 3000),
+        ("recall", "fa", 3000),
+        ("shakespeare", "bp", 500),
+        ("shakespeare", "fa", 500),
+    ]
+    shown = run("05_verdict", "curves = []", "figure-5-3", "numbers-5-3", **names)
+    tests = runs_by_rule(verdict, ["feedback_scale", "lr"])
+    for ax, (task, method, steps) in zip(plt.gcf().axes, names["panels"], strict=True):
+        for rule, color in RULES.items():
+            part = tests[task, method, steps, rule]
+            curves = [
+                [float(loss) for loss in curve.split()]
+                for curve in part["curve"][part["seed"] < helpers.FIRST_TUNING_SEED]
+            ]
+            drawn = lines(ax)[color.lower()]
+            assert sorted(line[:, 1].tolist() for line in drawn) == sorted(curves)
+            assert all(line[0, 0] == 0 and line[-1, 0] == steps for line in drawn)
+            numbers = shown.value.loc[(task, steps), (method, rule)].dropna()
+            np.testing.assert_allclose(numbers, np.mean(curves, axis=0), atol=6e-4)
+        exact = np.mean(
+            [line[:, 1] for line in lines(plt.gcf().axes[0 if task == "recall" else 2])[RULES["full"]]], axis=0
+        )
+        np.testing.assert_allclose(lines(ax)["#000000"][0][:, 1], exact)  # dotted: bp, full
+        assert words_over(ax) == f"{task}, {method}"
+        assert (ax.get_xlabel(), ax.get_ylabel()) == ("training step", "validation loss (nats)")
+        if task == "shakespeare":
+            assert sorted(levels(ax)) == [2.482, 3.347]
+            assert {text.get_text(): text.xy[1] for text in ax.texts} == {"bigram": 2.482, "unigram": 3.347}
+
+
+def test_figure_5_4_has_a_point_a_run_in_the_colour_of_its_rate(verdict):
+    shown = run("05_verdict", "def row(", "figure-5-4", "numbers-5-4", core=verdict["table"][:0], **verdict)
+    ax = plt.gca()
+    results = verdict["results"].query("task == 'recall' and method == 'bp' and attn_mode == 'softmax'")
+    expected = results[results["softmax_backward"] != "none"]
+    (points,) = (c for c in ax.collections if len(c.get_offsets()) == len(expected))
+    np.testing.assert_allclose(points.get_offsets(), expected[["common_mode", "accuracy"]])
+    colors = plt.get_cmap("viridis")(LogNorm(1e-5, 1e-2)(expected["lr"].to_numpy()))
+    np.testing.assert_allclose(points.get_facecolors()[:, :3], colors[:, :3], atol=1e-6)
+    assert ax.get_xscale() == "log" and ax.get_xlabel().startswith("common mode")
+    assert ax.get_ylabel() == "recall accuracy" and levels(ax) == [shown.row("recall", "bp", "none", 3000).accuracy]
+    for (rule, lr), part in expected.groupby(["softmax_backward", "lr"]):
+        numbers = shown.value.loc[(rule, lr)].astype(float)
+        wanted = [part[name].agg(end) for name in ("accuracy", "common_mode") for end in ("min", "max")]
+        np.testing.assert_allclose(numbers, wanted, rtol=6e-3)
+
+
+def test_figure_5_5_draws_harm_against_the_cosine_and_the_row_sum(verdict):
+    shown = run("05_verdict", "figure-5-5", "numbers-5-5", **verdict)
+    table = verdict["table"]
+    table = table[~table["rule"].isin(["full", "none"]) & table["harm"].notna()].reset_index(drop=True)
+    left, right = plt.gcf().axes
+    colors = {task: to_hex(handle.get_color()) for task, handle in legend(right).items() if task in set(table["task"])}
+    for ax, quantity in ((left, "cos_scores"), (right, "row_sum")):
+        (points,) = (c for c in ax.collections if len(c.get_offsets()) == len(table))
+        np.testing.assert_allclose(points.get_offsets(), table[[quantity, "harm"]])
+        assert [to_hex(color) for color in points.get_facecolors()] == table["task"].map(colors).tolist()
+        assert levels(ax) == [TOLERABLE, CATASTROPHIC]
+    assert "cosine" in left.get_xlabel() and "row sum" in right.get_xlabel() and left.get_ylabel() == "harm"
+    numbers = shown.value.reset_index()
+    for name in ("cos_scores", "row_sum", "harm"):
+        np.testing.assert_allclose(numbers[name], table[name], atol=6e-4)
+    assert numbers["verdict"].tolist() == table["verdict"].tolist()
+
+
+# ---- 07 and the explorer ----
+
+
+def captured_text(size, heads=H):
+    """A stand-in for 07's ``capture_text``: other maps (L, H, size, size) for each method and step."""
+
+    def capture(text, method, step):
+        layers = random_layers(seed=1000 * len(method) + ord(method[0]) + step, size=size, heads=heads)
+        scores = torch.stack([layer.scores[0] for layer in layers])
+        g = torch.stack([layer.grad[0] for layer in layers])
+        return scores + torch.full((size, size), -torch.inf).triu(1), g
+
+    return capture
+
+
+def parts_of(scores, g):
+    a = scores.softmax(-1)
+    b = (a * g).sum(-1, keepdim=True)
+    return a, a * (g - b), a * (1 - a) * g, -a * (b - a * g)
+
+
+def assert_row(ax, f, d, o, text):
+    """Bars: d from zero, o from where d ends, f from zero; side by side at their key, in their colours."""
+    shown = {bars.get_label(): bars for bars in ax.containers}
+    at = np.arange(len(f))
+    places = []
+    for name, color, start, end in (("d", "diag", 0 * d, d), ("o", "offdiag", d, f), ("f", "full", 0 * f, f)):
+        bars = shown[name].patches
+        np.testing.assert_allclose([bar.get_y() for bar in bars], start, atol=1e-12)
+        np.testing.assert_allclose([bar.get_y() + bar.get_height() for bar in bars], end, atol=1e-12)
+        assert {to_hex(bar.get_facecolor()) for bar in bars} == {COLORS[color].lower()}
+        centres = np.array([bar.get_x() + bar.get_width() / 2 for bar in bars])
+        assert (np.rint(centres) == at).all()
+        places.append(centres)
+    assert (np.diff(places, axis=0) > 0.2).all()
+    assert list(ticks(ax.xaxis).values()) == printable(text) and ax.get_xlabel() in ("key", "")
+    assert ax.get_ylabel() == "gradient at the score"
+    torch.testing.assert_close(f, d + o)
+
+
+def test_figures_7_1_and_7_2_take_a_head_and_its_last_row_apart():
+    n = 25
+    text = (NASTY + "the quick brown fox jumps over")[:40]
+    capture = captured_text(40)
+    names = {"capture_text": capture, "STEPS": 500, "text": text}
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
+        shown = run("07_explore", "def change(", "def draw_head(", "figure-7-1", **names)
+    scores, g = (maps[1, 0, :n, :n] for maps in capture(text, "fa", 500))
+    a, f, d, o = parts_of(scores, g)
+    maps = {"attention A": a, "g = dL/dA": g, "full f": f, "diagonal d": d, "off-diagonal o": o}
+    maps["error |d - f|"] = (d - f).abs()
+    axes = by_title()
+    largest = torch.stack([f, d, o]).abs().max().item()
+    for name, values in maps.items():
+        image = axes[name].images[0]
+        np.testing.assert_allclose(image.get_array().filled(0), values, atol=1e-12)
+        low, high = image.get_clim()
+        assert low <= values.min() and high >= values.max() - 1e-12
+        assert image.get_cmap().name == (SEQUENTIAL if name[0] in "ae" else DIVERGING)
+        assert low == (0 if name[0] in "ae" else -high)
+        if name not in ("attention A", "g = dL/dA"):
+            assert high == pytest.approx(largest)
+        assert list(ticks(axes[name].yaxis).values()) == printable(text[:n])
+        (marked,) = axes[name].patches
+        assert marked.get_y() + marked.get_height() / 2 == n - 1  # the row that is taken apart
+    assert_row(plt.gcf().axes[-1], f[-1], d[-1], o[-1], text[:n])
+    plt.close("all")
+
+    run("07_explore", "figure-7-2", **{**vars(shown), **names})
+    spread = g[scores.isfinite()].std(correction=0)
+    for ax, times in zip(plt.gcf().axes, (-1, 0, 1), strict=True):
+        _, f, d, o = parts_of(scores, torch.where(scores.isfinite(), g + times * spread, 0))
+        assert_row(ax, f[-1], d[-1], o[-1], text[:n])
+        cosine = torch.cosine_similarity(f.flatten(), d.flatten(), dim=0).item()
+        assert words_over(ax) == f"constant {times} x the spread of g: cosine of d with f {cosine:.2f}"
+        assert ax.get_ylim() == plt.gcf().axes[0].get_ylim()
+
+
+def test_the_explorer_s_data_decode_to_every_head_in_its_order(tmp_path):
+    text = NASTY[:T] + "more"
+    capture = captured_text(T)
+    config = SimpleNamespace(n_layer=L, n_head=H)
+    runs = {method: SimpleNamespace(model=SimpleNamespace(config=config)) for method in NAMES}
+    rows, columns = np.tril_indices(T)
+    names = {"runs": runs, "MOMENTS": (0, 50), "T": T, "text": text, "rows": rows, "columns": columns}
+    names |= {"capture_text": capture}
+
+    shown = run("07_explore", "def quantise(", "def pack(", **names)
+    exec(
+        compile(ast.Module(find("07_explore", 'DATA / "explorer.js"'), []), "<07>", "exec"),
+        vars(shown) | {"DATA": tmp_path},
+    )
+    script = (tmp_path / "explorer.js").read_text()
+    assert "</script" not in script.lower() and "\0" not in script
+    page = json.loads(script.removeprefix("const EXPLORER = ").removesuffix(";\n"))
+    assert (page["layers"], page["heads"], page["characters"]) == (L, H, printable(text[:T]))
+
+    n = T * (T + 1) // 2
+    for method in NAMES:
+        assert list(page["maps"][method]) == ["0", "50"]
+        for step, stored in page["maps"][method].items():
+            scores, g = capture(text, method, int(step))
+            weights = np.frombuffer(base64.b64decode(stored["a"]), "<u2").reshape(L * H, n)
+            errors = np.frombuffer(base64.b64decode(stored["g"]), "<i2").reshape(L * H, n)
+            for layer in range(L):
+                for head in range(H):
+                    i = H * layer + head
+                    a = scores[layer, head].softmax(-1)
+                    for k, (query, key) in enumerate((q, k) for q in range(T) for k in range(q + 1)):
+                        assert abs(weights[i, k] / 65535 - a[query, key]) <= 0.51 / 65535
+                        largest = g[layer, head].abs().max().item()
+                        assert stored["scale"][i] == pytest.approx(largest)
+                        assert (
+                            abs(errors[i, k] / 32767 * largest - g[layer, head, query, key]) <= 0.51 / 32767 * largest
+                        )

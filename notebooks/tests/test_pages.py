@@ -1,0 +1,140 @@
+"""The steps of make report that must not be left half done, and the page that is one file."""
+
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from publish import publish
+from single_file import inline
+
+ALONE = Path(__file__).parents[1] / "alone.py"
+
+
+def fill(folder, pages):
+    for name in pages:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(folder.name)
+
+
+def pages(folder):
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+NEW = {"a.html": "html", "index.html": "html", "z/style.css": "html"}
+OLD = {"dropped.html": "report", "index.html": "report", "z/script.js": "report"}
+
+
+@pytest.mark.parametrize("step", range(7))
+def test_a_kill_at_any_step_never_leaves_an_index_without_its_pages(tmp_path, monkeypatch, step):
+    html, report = tmp_path / "html", tmp_path / "report"
+    fill(html, NEW)
+    fill(report, [*OLD, ".lock"])
+    steps = itertools.count()
+
+    def dying(function):
+        def or_die(*args, **kwargs):
+            if next(steps) == step:
+                raise KeyboardInterrupt
+            return function(*args, **kwargs)
+
+        return or_die
+
+    for owner, name in ((os, "replace"), (shutil, "rmtree"), (Path, "unlink")):
+        monkeypatch.setattr(owner, name, dying(getattr(owner, name)))
+    try:
+        publish(html, report)
+    except KeyboardInterrupt:
+        assert step < 6
+    else:
+        assert step == 6 and not any(html.iterdir())
+    left = pages(report)
+    assert left.pop(".lock") == "report"
+    assert "index.html" not in left or left in (OLD, NEW)
+
+    # make sees that the page it goes by is missing or old, and builds again
+    monkeypatch.undo()
+    shutil.rmtree(html)
+    fill(html, NEW)
+    publish(html, report)
+    assert pages(report) == NEW | {".lock": "report"}
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start a Python program under the lock; whatever still runs at the end is ended."""
+    pytest.importorskip("fcntl")
+    running = []
+
+    def start(program):
+        command = [sys.executable, ALONE, tmp_path / "new folder" / "lock", sys.executable, "-c", program]
+        running.append(subprocess.Popen(command, cwd=tmp_path, stdin=-1, stdout=-1, stderr=-1, text=True))
+        return running[-1]
+
+    yield start
+    for process in running:
+        with process:
+            process.kill()
+
+
+HOLD = "print('held', flush=True); input(); open('log', 'a').write('first ')"
+NEXT = "open('log', 'a').write('second')"
+
+
+def test_two_at_once_come_one_after_the_other(start, tmp_path):
+    first = start(HOLD)
+    assert first.stdout.readline() == "held\n"
+    second = start(NEXT)
+    assert "waiting" in second.stderr.readline()
+    assert second.poll() is None and not (tmp_path / "log").exists()
+    first.communicate("\n")
+    second.communicate()
+    assert (tmp_path / "log").read_text() == "first second"
+
+
+def test_a_kill_frees_the_lock(start, tmp_path):
+    first = start(HOLD)
+    assert first.stdout.readline() == "held\n"
+    second = start(NEXT)
+    assert "waiting" in second.stderr.readline()
+    first.send_signal(signal.SIGKILL)
+    assert second.wait(timeout=60) == 0
+    assert (tmp_path / "log").read_text() == "second"
+
+
+def test_the_lock_is_held_until_the_last_program_under_it_has_ended(start, tmp_path):
+    # as make, killed while its recipe goes on
+    program = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {HOLD!r}], close_fds=False)"
+    first = start(program)
+    assert first.stdout.readline() == "held\n" and first.wait(timeout=60) == 0
+    second = start(NEXT)
+    assert "waiting" in second.stderr.readline() and second.poll() is None
+    first.stdin.close()  # input() in the child fails, which ends it
+    assert second.wait(timeout=60) == 0
+
+
+def test_a_failing_command_fails(start):
+    assert start("raise SystemExit(3)").wait(timeout=60) == 3
+
+
+def test_one_file_needs_no_other(tmp_path):
+    (tmp_path / "style.css").write_text("p { color: red }")
+    (tmp_path / "do.js").write_text('const tag = "</script>"')
+    (tmp_path / "a b.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+    (tmp_path / "page.html").write_text(
+        '<html><head><link rel="stylesheet" href="style.css"><link rel="icon" href="gone.png">'
+        '<script src="do.js" defer></script></head><body><p class="site-only">not here</p>'
+        '<img src="a%20b.svg"><img src="https://elsewhere.org/c.png">'
+        '<a href="#document-page#there">there</a></body></html>'
+    )
+    page = inline(tmp_path / "page.html")
+    assert "p { color: red }" in page and "not here" not in page and "gone.png" not in page
+    assert r'const tag = "<\/script>"' in page and "do.js" not in page
+    assert page.index("<body>") < page.index("const tag")  # it waited for the page
+    assert "data:image/svg+xml;base64,PHN2ZyB4" in page and 'src="https://elsewhere.org/c.png"' in page
+    assert 'href="#there"' in page
