@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from scipy.stats import ttest_1samp
 
 import helpers
 from helpers import COLUMNS, KEY, SYMPTOMS, best_settings, harm, harm_table, load_results, plot_harm, symptoms
@@ -141,8 +142,6 @@ def test_fiellers_interval_ends_where_the_paired_t_test_begins_to_reject(full, h
     rule = np.array(full) + harm_ + noise[1]
     result = harm(rule, full, none, confidence)
     assume(result.verdict != "undecided")
-    from scipy.stats import ttest_1samp
-
     for end in (result.low, result.high):  # at an end h, the mean of (excess - h * gain) is just significant
         test = ttest_1samp(rule - full - end * (none - np.array(full)), 0)
         assert test.pvalue == pytest.approx(1 - confidence, rel=1e-6)
