@@ -25,6 +25,7 @@ SMALL = RecallTask(n_keys=3, n_values=2, n_pairs=2, n_queries=2)
 SHAPE = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": SMALL.block_size}
 RULES = ("full", "none", "diagonal")
 PLAN = Plan(sweep._groups("recall", ("bp",), RULES, steps=1), (1e-3, 1e-2), (), (1.0,), (100,), (0, 1))
+TWO = dataclasses.replace(PLAN, groups=PLAN.groups[:2])
 CELL = Cell("recall", "bp", "diagonal", "softmax", 1.0, 1e-2, 1, 0)
 
 
@@ -53,15 +54,15 @@ def without_times(path) -> bytes:
 def test_the_same_plan_twice_writes_the_same_bytes_but_for_the_times(tmp_path):
     first, second = tmp_path / "a" / "results.csv", tmp_path / "b" / "results.csv"
     for path in (first, second):
-        swept(path)
+        swept(path, TWO)
     assert without_times(first) == without_times(second)
     before = first.read_bytes()
-    swept(first)
+    swept(first, TWO)
     assert first.read_bytes() == before, "there was nothing left to do"
 
 
 def test_every_rule_gets_the_whole_grid_and_then_its_test_seeds_at_its_best_rate(path):
-    results = swept(path, dataclasses.replace(PLAN, groups=PLAN.groups[:2], tuning_seeds=(100, 101)))
+    results = swept(path, dataclasses.replace(TWO, tuning_seeds=(100, 101)))
     assert not results.duplicated([*KEY]).any() and len(results) == 2 * (2 * 2 + 2)
     for _, runs in results.groupby("softmax_backward"):
         tuning, tests = runs[runs["seed"] >= 100], runs[runs["seed"] < 100]
@@ -122,11 +123,11 @@ def test_a_run_that_fails_is_a_row_that_decides_nothing(path, monkeypatch, capsy
 
 def test_an_interrupted_sweep_keeps_its_rows_and_is_taken_up_again(tmp_path, monkeypatch):
     whole, path = tmp_path / "whole.csv", tmp_path / "results.csv"
-    swept(whole)
+    swept(whole, TWO)
     made = []
 
     def interrupted(*args):
-        if len(made) == 4:
+        if len(made) == 3:
             raise KeyboardInterrupt
         made.append(args)
         return run(*args)
@@ -134,21 +135,21 @@ def test_an_interrupted_sweep_keeps_its_rows_and_is_taken_up_again(tmp_path, mon
     run = sweep.run
     monkeypatch.setattr(sweep, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        swept(path)
-    assert len(load_results(path)) == 4
+        swept(path, TWO)
+    assert len(load_results(path)) == 3
     monkeypatch.setattr(sweep, "run", run)
-    swept(path)
+    swept(path, TWO)
     assert sorted(without_times(path).splitlines()) == sorted(without_times(whole).splitlines())
 
 
 def test_a_group_that_other_code_has_made_is_left_as_it_is(path, capsys):
-    swept(path, PLAN)
+    swept(path, TWO)
     text = path.read_text()
     code = row_code("recall", method="bp", softmax_backward="full", attn_mode="softmax")
     for other in ("0123456789ab", ""):
         path.write_text(text.replace(code, other))
         before = path.read_bytes()
-        both = sweep._groups("recall", ("bp",), RULES, steps=1) + sweep._groups("recall", ("bp",), ("full",), steps=2)
+        both = TWO.groups + sweep._groups("recall", ("bp",), ("full",), steps=2)
         swept(path, dataclasses.replace(PLAN, groups=both))
         after = path.read_bytes()
         assert after.startswith(before) and all(b",2," in line for line in after[len(before) :].splitlines())
