@@ -725,19 +725,18 @@ class CapturedAttention:
             raise RuntimeError(f"{self.name!r} saw no forward pass: run the model inside the 'with' block, uncompiled")
         return self._maps
 
-    def _on_forward(self, scores: Tensor, attn: Tensor) -> RemovableHandle | None:
+    def _on_forward(self, handles: list[RemovableHandle], module, inputs, attn: Tensor) -> None:
         """Keep a forward pass, and let the gradient, whenever it arrives, bring back the pass that it belongs to."""
-        scores, weights = scores.detach(), attn.detach()
+        scores, weights = inputs[0].detach(), attn.detach()
 
         def on_backward(grad: Tensor) -> None:
             self._maps = scores, weights, grad.detach()
 
         self._maps = scores, weights, None
-        if not attn.requires_grad:
-            self._why_no_grad = "the forward pass ran under torch.no_grad(), or every parameter is frozen"
-            return None
-        self._why_no_grad = "call loss.backward() inside the 'with' block, on a loss that depends on this layer"
-        return attn.register_hook(on_backward)
+        self._why_no_grad = "the forward pass ran under torch.no_grad(), or every parameter is frozen"
+        if attn.requires_grad:
+            self._why_no_grad = "call loss.backward() inside the 'with' block, on a loss that depends on this layer"
+            handles.append(attn.register_hook(on_backward))
 
 
 @contextmanager
@@ -759,22 +758,13 @@ def capture_attention(model: torch.nn.Module) -> Iterator[list[CapturedAttention
     modules = {name: m for name, m in model.named_modules() if isinstance(m, AttentionWeights)}
     if not modules:
         raise ValueError(f"{type(model).__name__} has no AttentionWeights module: there is nothing to capture")
-    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in model.modules()):
+    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in model.modules()):  # torch.compile(m), m.compile()
         raise ValueError("hooks do not run in a compiled model: capture the model as it was before torch.compile")
     layers = [CapturedAttention(name) for name in modules]
     handles: list[RemovableHandle] = []
-
-    def forward_hook(layer: CapturedAttention):
-        def hook(module, inputs, attn) -> None:
-            handle = layer._on_forward(inputs[0], attn)
-            if handle:
-                handles.append(handle)
-
-        return hook
-
     try:
         for module, layer in zip(modules.values(), layers, strict=True):
-            handles.append(module.register_forward_hook(forward_hook(layer)))
+            handles.append(module.register_forward_hook(functools.partial(layer._on_forward, handles)))
         yield layers
     finally:
         for handle in handles:
@@ -860,8 +850,8 @@ def head_energy(
     n_visible = visible.sum(-1)
     several = n_visible > 1  # a query with a single key has a = 1 and J = 0: it carries nothing
     B, H, T, _ = attn.shape
-    size = grad.abs().amax((0, 2, 3)).double()[:, None, None]  # divided by it, squares neither overflow nor vanish
-    size[size == 0] = 1
+    # a head's largest gradient: divided by it, squares neither overflow nor vanish; 0 makes all of the head NaN
+    size = grad.abs().amax((0, 2, 3)).double()[:, None, None]
 
     # one sequence at a time: its maps stay in the processor's cache, which is three times faster than the whole batch
     products, entropy = [], []
