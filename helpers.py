@@ -870,7 +870,7 @@ def head_energy(
     # of a, whose rows sum to 1, 2 u^2 |f|^2. Near zero errors are absolute, a format's step. float64 adds its own.
     (u_a, step_a), (u_g, step_g) = _precision(attn), _precision(grad)
     u = max(off, u_a, u_g)  # rounding moves a sum of 1 by its relative error at the most
-    noise = 2 * u**2 * (dd + ff) + (step_a**2 + EPS64**2) * ee + T * (step_g / size[:, 0, 0]) ** 2
+    noise = 2 * u**2 * (dd + ff) + (step_a**2 + EPS64**2) * ee + T / 8 * (step_g / size[:, 0, 0]) ** 2
     floor = noise / ROUNDING**2
     pairs = {"cos_diag": (df, dd), "cos_ste": (ef, ee), "cos_ste_unmasked": (gf, gg)}
     cosines = {name: torch.where(ff > floor, xf / (xx * ff).sqrt(), torch.nan) for name, (xf, xx) in pairs.items()}

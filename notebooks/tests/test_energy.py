@@ -292,7 +292,7 @@ def test_below_the_smallest_step_of_half_precision_nothing_is_defined():
     saturated = torch.tensor([[1.0, 0.0, 0.0], [1 - 3e-7, 3e-7, 0.0], [1 - 5e-7, 2e-7, 3e-7]])[None, None]
     errors = torch.tensor([[0.0, 0.0, 0.0], [0.1, 0.7, 0.0], [0.2, -0.3, 0.9]])[None, None]
     assert head_energy(saturated, errors, n_boot=1)["defined"].all()
-    assert not head_energy(saturated.half(), errors.half(), n_boot=1)["defined"].any()
+    assert not head_energy(saturated.half(), errors, n_boot=1)["defined"].any()
 
 
 def test_row_sums_tell_a_precision_that_the_values_hide():
