@@ -337,7 +337,7 @@ def fingerprint(*objects, without: Iterable = ()) -> str:
 
 def _parts(value) -> Iterator[tuple[str, object]]:
     """What determines a value, as pairs of a label and a further value."""
-    kind = type(value)
+    kind, bound = type(value), not isinstance(getattr(value, "__self__", None), ModuleType | type | None)
     if isinstance(value, Tensor):
         value = value.detach().cpu().contiguous()
         yield f"{value.dtype} {tuple(value.shape)}", value.flatten().view(torch.uint8).numpy().tobytes()
@@ -350,15 +350,18 @@ def _parts(value) -> Iterator[tuple[str, object]]:
         yield "partial", (value.func, value.args, value.keywords)
     elif kind is property:
         yield "property", (value.fget, value.fset)
-    elif isinstance(value, FunctionType) and not _is_installed(value.__code__.co_filename):
-        yield "code", _definition(value.__code__.co_filename, value.__code__.co_name, value.__code__.co_firstlineno)
+    elif isinstance(value, FunctionType) and not _is_installed((code := value.__code__).co_filename):
+        source = _functions(code.co_filename).get((code.co_name, code.co_firstlineno))
+        if source is None:
+            raise ValueError("its source is not to be found, or has changed since it was loaded")
+        yield "code", source
         yield "defaults", (value.__defaults__, value.__kwdefaults__)
-        closure = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+        closure = zip(code.co_freevars, value.__closure__ or (), strict=True)
         scope = value.__globals__ | {name: cell.cell_contents for name, cell in closure}
-        yield from ((name, scope.get(name)) for name in _names(value.__code__))  # None: a builtin, or not there
+        yield from ((name, scope.get(name)) for name in _names(code))  # None: a builtin, or not there
     elif hasattr(value, "__wrapped__"):  # by a package's decorator, or as a class or static method
         yield kind.__name__, value.__wrapped__
-    elif kind is ModuleType or _is_named(value):
+    elif kind is ModuleType or (hasattr(value, "__name__") and hasattr(value, "__module__") and not bound):
         module = value if kind is ModuleType else sys.modules.get(value.__module__ or "builtins")
         home = getattr(module, "__name__", "__main__")
         if home != "__main__" and _is_installed(getattr(module, "__file__", None)):
@@ -375,17 +378,13 @@ def _parts(value) -> Iterator[tuple[str, object]]:
         raise ValueError("it could be anything")
 
 
-def _is_named(value) -> bool:
-    """Whether it is told by where it stands, as classes and functions are, but not the bound methods of an object."""
-    bound = getattr(value, "__self__", None)
-    return hasattr(value, "__name__") and hasattr(value, "__module__") and isinstance(bound, ModuleType | type | None)
-
-
 def _is_written(name: str, item) -> bool:
     """Whether an entry of a class does something, and is not Python's book-keeping or display."""
     function = inspect.unwrap(item) if callable(item) or hasattr(item, "__wrapped__") else None
-    if isinstance(function, FunctionType):  # those that dataclasses generate have no file
-        return function.__code__.co_filename != "<string>" and not re.fullmatch("__(repr|str)__|_repr_.*_", name)
+    if isinstance(function, FunctionType):
+        file = function.__code__.co_filename  # what dataclasses generate has none, or their own
+        generated = file == "<string>" or (name.startswith("__") and _is_installed(file))
+        return not generated and not re.fullmatch("__(repr|str|annotate.*)__|_repr_.*_", name)
     return not name.startswith("__") and (isinstance(item, property) or not inspect.isdatadescriptor(item))
 
 
@@ -410,19 +409,12 @@ def _is_installed(filename: str | None) -> bool:
     return not own or "site-packages" in filename or "dist-packages" in filename
 
 
-@functools.cache
-def _definition(filename: str, name: str, line: int) -> str:
-    """The function that stands there, in words that are the same in every version of Python."""
-    if (name, line) not in _functions(filename):
-        raise ValueError("its source is not to be found, or has changed since it was loaded")
-    return _plain(_functions(filename)[name, line])
-
-
 @functools.cache  # as they were when first asked for: the file may be edited beside a running kernel
-def _functions(filename: str) -> dict[tuple[str, int], ast.FunctionDef]:
+def _functions(filename: str) -> dict[tuple[str, int], str]:
+    """All functions of a file by name and first line, in words that are the same in every version of Python."""
     nodes = ast.walk(ast.parse("".join(linecache.getlines(filename))))
     found = [node for node in nodes if isinstance(node, ast.FunctionDef)]
-    return {(node.name, min(n.lineno for n in (node, *node.decorator_list))): node for node in found}
+    return {(node.name, min(n.lineno for n in (node, *node.decorator_list))): _plain(node) for node in found}
 
 
 def _plain(node) -> str:
@@ -501,6 +493,8 @@ def train(
     data = load_corpus() if data is None else data
     if not isinstance(data, Corpus | RecallTask):
         raise TypeError(f"data={data!r} is neither a corpus nor a task: write data=load_corpus() or data=RecallTask()")
+    if not callable(measure):
+        raise TypeError(f"measure={measure!r} is no function of (model, x, y)")
     if config.vocab_size != data.vocab_size:
         raise ValueError(
             f"config.vocab_size={config.vocab_size} and the data {data.name!r} have {data.vocab_size}: "
@@ -509,8 +503,8 @@ def train(
     settings = {"steps": steps, "batch_size": batch_size, "eval_every": eval_every, "seed": seed, "lr": lr}
     for name, value in settings.items():  # NumPy's numbers are welcome, and 500.0 steps
         least = {"seed": 0, "lr": math.nextafter(0, 1)}.get(name, 1)
-        number = isinstance(value, Real) and not isinstance(value, bool) and least <= value < 2**63
-        if not number or (name != "lr" and value % 1):
+        number = isinstance(value, Real) and not isinstance(value, bool) and least <= value < math.inf
+        if not number or (name != "lr" and (value % 1 or value >= 2**63)):
             expected = "a positive number" if name == "lr" else f"a whole number from {least} up"
             raise ValueError(f"{name}={value!r} is not {expected}")
         settings[name] = float(value) if name == "lr" else int(value)
@@ -1234,7 +1228,8 @@ def harm_table(results: pd.DataFrame) -> pd.DataFrame:
             row |= {"feedback_scale": scale, "lr": lrs[rule]}
             ends = tried["lr"].min(), tried["lr"].max()
             row |= {"lr_tried": "{:g} to {:g}".format(*ends), "lr_at_end": lrs[rule] in ends}
-            row |= {"loss": part["val_loss"].mean(), "loss_sd": part["val_loss"].std(), **result._asdict()}
+            with np.errstate(invalid="ignore"):  # a diverged run's loss is inf, and has no deviation
+                row |= {"loss": part["val_loss"].mean(), "loss_sd": part["val_loss"].std(), **result._asdict()}
             rows.append(row | part[SYMPTOMS].mean().to_dict())
     return pd.DataFrame(rows)
 
@@ -1300,7 +1295,7 @@ def set_style() -> None:
     """The look of every figure and table in the report; called once a notebook."""
     pd.set_option("display.max_rows", None, "display.max_columns", None)
     inline = InlineBackend.instance()
-    inline.print_figure_kwargs = {"bbox_inches": "tight", "metadata": {"Date": None}}
+    inline.print_figure_kwargs = {"bbox_inches": "tight", "metadata": {"Date": None, "Creator": None}}
     inline.figure_formats = {"svg"}
     sns.set_theme(context="notebook", style="ticks", palette=list(COLORS.values()))
     plt.rcParams.update(
@@ -1382,6 +1377,12 @@ def plot_harm(table: pd.DataFrame) -> np.ndarray:
         part = part.sort_values("harm", ascending=False)
         for position, row in enumerate(part.itertuples()):
             style = {"color": colors[row.verdict]}
+            if math.isinf(row.harm):  # a seed diverged: at the edge, beyond every scale
+                edge = ax.get_yaxis_transform()
+                ax.plot(1, position, ">", transform=edge, clip_on=False, **style)
+                place = {"xytext": (-8, 0), "textcoords": "offset points", "va": "center", "ha": "right"}
+                ax.annotate("diverged", (1, position), xycoords=edge, fontsize="small", **place, **style)
+                continue
             ax.plot([row.low, row.high], [position] * 2, linewidth=2, **style)
             face = "white" if row.lr_at_end else style["color"]  # a rate beyond might have been better
             ax.plot(row.harm, position, markers[row.verdict], markerfacecolor=face, **style)

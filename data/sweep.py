@@ -54,6 +54,7 @@ from helpers import (
     symptoms,
     train,
 )
+from model_local import LocalGPTConfig
 
 # what determines one run; those that the model's config has too are for it
 Cell = dataclasses.make_dataclass("Cell", KEY.items(), frozen=True)
@@ -194,14 +195,13 @@ def _end_with(parent: int) -> None:
 def _run(cell: Cell, device: str) -> dict:
     torch.set_num_threads(1)  # the cores are shared out to runs
     task = TASKS[cell.task]
-    data = task.load()
-    config = task.config(cell, data.vocab_size)
+    data = load_corpus(task["data"]) if isinstance(task["data"], str) else task["data"]
+    names = {field.name for field in dataclasses.fields(LocalGPTConfig)}.intersection(KEY)
+    choices = {name: getattr(cell, name) for name in names}
+    config = LocalGPTConfig(vocab_size=data.vocab_size, **task["shape"], **choices)
     start = time.perf_counter()
-    row = dataclasses.asdict(cell) | {
-        "data": data.sha256[:12],
-        "code": task.code(cell),
-        "torch": str(torch.__version__),
-    }
+    row = dataclasses.asdict(cell) | {"data": data.sha256[:12], "code": code_of(cell)}
+    row["torch"] = str(torch.__version__)
     row["machine"] = torch.cuda.get_device_name() if device == "cuda" else f"CPU {platform.machine()}"
     try:
         done = train(
@@ -258,8 +258,8 @@ def append(row: dict, results: Path) -> None:
         if cell in cells_of(load_results(results)):
             return
         text, line = results.read_text(), io.StringIO()
-        digits = {name: 15 if name in KEY else 6 for name in row}  # the key must come back as it was
-        values = {name: f"{v:.{digits[name]}g}" if isinstance(v, float) else v for name, v in row.items()}
+        # the key must come back as it was, of the outcomes six digits are enough
+        values = {name: f"{v:.6g}" if isinstance(v, float) and name not in KEY else v for name, v in row.items()}
         csv.DictWriter(line, text.partition("\n")[0].split(","), lineterminator="\n").writerow(values)
         save_atomically(results, lambda file: file.write(f"{text}{line.getvalue()}".encode()))
 
@@ -272,17 +272,17 @@ def sweep(plan: Plan, results: Path = RESULTS, jobs: int = -1, device: str = "cp
         save_atomically(results, lambda file: file.write(f"{','.join(COLUMNS)}\n".encode()))
     table = load_results(results)
     others = set(table.loc[made_by(table) != "this", GROUP].itertuples(index=False, name=None))
-    for group in others.intersection(map(group_of, plan.wanted(table, guess=True))):
+    for group in sorted(others.intersection(map(group_of, plan.wanted(table, guess=True)))):
         print(f"left as other code made it: {', '.join(map(str, group))} (see --help)", file=sys.stderr)
-    deaths = 0
-    with tqdm(desc="sweep", unit="run", smoothing=0) as bar:
+    wanted = [cell for cell in plan.wanted(table, guess=True) if group_of(cell) not in others]
+    deaths, start = 0, len(cells_of(table).intersection(wanted))
+    with tqdm(desc="sweep", unit="run", smoothing=0, initial=start) as bar:
         while True:
             table = load_results(results)
             done = cells_of(table)
             everything = [cell for cell in plan.wanted(table, guess=True) if group_of(cell) not in others]
             bar.total = len(everything)
             bar.update(len(done.intersection(everything)) - bar.n)  # by others as well
-            bar.initial = bar.initial or bar.n
             cells = [cell for cell in plan.wanted(table) if cell not in done and group_of(cell) not in others]
             if not cells:
                 return

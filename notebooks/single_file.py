@@ -4,7 +4,7 @@ import base64
 import mimetypes
 import sys
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from bs4 import BeautifulSoup
 
@@ -13,6 +13,13 @@ def neighbour(page, reference):
     """The file beside the page that a reference names; None for an address of another kind."""
     parts = urlsplit(reference)
     return None if parts.scheme or not parts.path else page.parent / unquote(parts.path)
+
+
+def data_address(path):
+    kind = mimetypes.guess_type(path.name)[0]
+    if kind == "image/svg+xml":  # text, which in base64 would be a third longer
+        return f"data:{kind},{quote(path.read_text(encoding='utf-8'), safe=' /:;=,.()-')}"
+    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def inline(page):
@@ -34,8 +41,7 @@ def inline(page):
         del script["src"], script["defer"], script["async"]
     for image in soup.find_all("img", src=True):
         if path := neighbour(page, image["src"]):
-            kind = mimetypes.guess_type(path.name)[0]
-            image["src"] = f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+            image["src"] = data_address(path)
     for link in soup.select('a[href^="#document-"]'):  # Sphinx writes #document-PAGE#anchor; the anchor is on this page
         if (anchor := link["href"].find("#", 1)) > 0:
             link["href"] = link["href"][anchor:]

@@ -70,7 +70,7 @@
   radios($("-step"), "step", Object.keys(maps.bp), (step) => [step]);
   const everyHead = Array.from({length: layers * heads}, (_, head) => head);
   const headName = (head) => `${Math.floor(head / heads)}.${head % heads}`;
-  radios($("-head"), "head", everyHead, (head) => [headName(head), element("small", {})]);
+  radios($("-head"), "head", everyHead, (head) => [headName(head), " ", element("small", {})]);
   $("-head").style.setProperty("--heads", heads);
   $("-head").addEventListener("keydown", (event) => {
     // radio buttons know a next and a previous one; here they also have one below and one above

@@ -595,7 +595,7 @@ def test_a_corpus_batches_its_training_part():
 
 
 def test_ngram_losses_are_those_of_counts_made_by_hand():
-    train, val = [0, 0, 1, 2, 0, 1, 1, 0], [2, 0, 1, 1, 2]
+    train, val = [0, 0, 1, 2, 0, 1, 1, 2], [2, 0, 1, 1, 2]
     V = 4  # one of them is never seen
     itos = {i: str(i) for i in range(V)}
     corpus = Corpus("x", np.array(train, "<u2"), np.array(val, "<u2"), {c: i for i, c in itos.items()}, itos, "")

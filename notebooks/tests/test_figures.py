@@ -38,6 +38,7 @@ def drawing(monkeypatch):
     """No windows, no time spent on layout, and nothing that a figure changes stays changed."""
     matplotlib.use("agg")
     monkeypatch.setattr(plt, "show", lambda: None)
+    monkeypatch.setattr(helpers, "claim", lambda *args, **options: None)  # said of other numbers than these
     with plt.rc_context(), pd.option_context("display.max_rows", 60, "display.max_columns", 20):
         helpers.set_style()
         assert plt.rcParams["figure.constrained_layout.use"] and pd.get_option("display.max_rows") is None
@@ -71,6 +72,7 @@ def run(notebook, *wanted, only=ast.stmt, **names):
     Returns what they name; ``value`` is what the last one would show under it.
     """
     names["__name__"] = __name__  # warnings in cells count as ours
+    names.setdefault("corpus", SimpleNamespace(is_shakespeare=False))  # what titles say is not so of these numbers
     body = find(notebook, "set_style()")
     for what in wanted:
         body += [statement for statement in find(notebook, what) if isinstance(statement, only)]
@@ -124,7 +126,7 @@ def head_table(seed, *quantities):
     random = np.random.default_rng(seed)
     table = pd.DataFrame({"layer": np.repeat(range(L), H), "head": np.tile(range(H), L)})
     for name in quantities:
-        value = random.uniform(0.1, 0.9, L * H) - (name == "r_cross")
+        value = random.uniform(0.1, 0.9, L * H) - 0.4 * (name == "r_cross")
         table[name], table[f"{name}_lo"], table[f"{name}_hi"] = value, value - random.uniform(0.01, 0.1), value + 0.2
     return table
 
@@ -239,23 +241,19 @@ def test_signed_scales_are_centred_on_zero_and_hold_every_value(largest):
 
 def harm_rows(**changes):
     """Two groups as ``harm_table`` gives them, with every verdict."""
-    words = ["tolerable", "costly", "catastrophic", "costly", "reference", "missing", "undecided"]
-    n = len(words)
-    table = pd.DataFrame(
-        {
-            "task": ["recall"] * 3 + ["shakespeare"] * 4,
-            "method": ["fa"] * 3 + ["bp"] * 4,
-            "attn_mode": ["softmax"] * 3 + ["sigmoid"] * 4,
-            "steps": [3000] * 3 + [500] * 4,
-            "rule": ["mean", "zero", "ste", "running", "full", "lateral", "diagonal"],
-            "harm": [0.1, 0.6, 1.7, 0.5, 0.0, np.nan, np.nan],
-            "low": [-0.1, 0.2, 1.2, 0.3, 0.0, np.nan, np.nan],
-            "high": [0.2, 1.1, 2.9, 0.8, 0.0, np.nan, np.nan],
-            "verdict": words,
-            "lr_at_end": [False, True, False, True] + [False] * (n - 4),
-        }
-    )
-    return table.assign(**changes)
+    rows = [  # rule, harm, low, high, verdict, lr_at_end
+        ("recall", "mean", 0.1, -0.1, 0.2, "tolerable", False),
+        ("recall", "zero", 0.6, 0.2, 0.9, "costly", True),
+        ("recall", "ste", 1.7, 1.2, 2.9, "catastrophic", False),
+        ("shakespeare", "running", 0.5, 0.1, 1.3, "undetermined", True),
+        ("shakespeare", "full", 0.0, 0.0, 0.0, "reference", False),
+        ("shakespeare", "lateral", np.nan, np.nan, np.nan, "missing", False),
+        ("shakespeare", "diagonal", np.nan, np.nan, np.nan, "undecided", False),
+    ]
+    table = pd.DataFrame(rows, columns=["task", "rule", "harm", "low", "high", "verdict", "lr_at_end"])
+    recall = table["task"] == "recall"
+    table["method"], table["attn_mode"] = np.where(recall, "fa", "bp"), np.where(recall, "softmax", "sigmoid")
+    return table.assign(steps=np.where(recall, 3000, 500), **changes)
 
 
 def drawn_harm(axes):
@@ -287,6 +285,7 @@ def test_harm_stands_at_its_rule_with_its_interval_word_colour_and_marker():
     pd.testing.assert_frame_equal(drawn.set_index("rule")[columns].sort_index(), expected[columns].sort_index())
     assert drawn["rule"].tolist() == ["ste", "zero", "mean", "running"]  # the best is on top
     looks = {"tolerable": ("#009e73", "o"), "costly": ("#9a6700", "s"), "catastrophic": ("#d55e00", "X")}
+    looks["undetermined"] = ("#777777", "D")
     for row in drawn.itertuples():
         color, marker = looks[row.verdict]
         assert to_hex(row.point.get_color()) == color and row.point.get_marker() == marker
@@ -300,6 +299,19 @@ def test_harm_stands_at_its_rule_with_its_interval_word_colour_and_marker():
         assert ax.get_xlim()[0] < table["low"].min() and ax.get_xlim()[1] > table["high"].max()
         assert ax.get_ylim()[0] < 0 and ax.get_ylim()[1] > len(ticks(ax.yaxis)) - 1
     assert axes[-1].get_xlabel().startswith("harm (0: full, 1: Q and K never trained")
+
+
+def test_a_rule_that_diverged_stands_at_the_edge():
+    table = harm_rows()
+    ax = plot_harm(
+        table.assign(**{c: table[c].where(table["rule"] != "ste", np.inf) for c in ("harm", "low", "high")})
+    )[0]
+    (mark,) = (line for line in ax.lines if line.get_marker() == ">")
+    assert ticks(ax.yaxis)[mark.get_ydata()[0]] == "ste" and mark.get_transform() == ax.get_yaxis_transform()
+    assert mark.get_xdata()[0] == 1 and to_hex(mark.get_color()) == "#d55e00"
+    (word,) = (text for text in ax.texts if text.get_text() == "diverged")
+    assert word.xy[1] == mark.get_ydata()[0] and len(lines_of_length(ax, 2)) == 2
+    plt.gcf().canvas.draw()
 
 
 def test_equal_harms_are_drawn():
@@ -565,7 +577,7 @@ def test_figure_4_7_shows_the_head_whose_parts_cancel_most_on_its_text():
     table = head_table(1, "r_cross").assign(r_cross=[-0.1, -0.2, -0.3, -0.4, -0.9, -0.5])  # head 1.1
     text = "To be, or not:"
     names = {"tables": {"fa": table}, "layers": layers, "splits": splits, "x": torch.arange(size)[None]}
-    corpus = SimpleNamespace(decode=lambda ids: "".join(text[i] for i in ids))
+    corpus = SimpleNamespace(is_shakespeare=False, decode=lambda ids: "".join(text[i] for i in ids))
     shown = run("04_energy_split", "figure-4-7", "numbers-4-7", corpus=corpus, **names)
     a, g = layers[1].attn[0, 1], layers[1].grad[0, 1]
     tri = torch.ones(size, size).tril().bool()
@@ -682,8 +694,7 @@ def test_figure_5_2_draws_each_rule_s_loss_over_its_rates(verdict):
 
 
 def test_figure_5_3_draws_every_seed_s_curve_in_the_colour_of_its_rule(verdict):
-    corpus = SimpleNamespace(name="another", is_shakespeare=False)
-    names = verdict | {"corpus": corpus, "rule_colors": RULES}
+    names = verdict | {"rule_colors": RULES}
     names["panels"] = [
         ("recall", "bp", 3000),
         ("recall", "fa", 3000),

@@ -66,7 +66,9 @@ def reads(x, rate=0.5, *, shift=1):
     if x < 0: raise ValueError(f"{x} is negative")
     return [helper(y) + math.pi for y in x]  # a comment
 def calls(x): return helper(x)
-objects = [reads, Rule(0.5), closure(3), functools.partial(reads, rate=0.1), calls]
+start = 1
+def begins(x, at=start): return x + at
+objects = [reads, Rule(0.5), closure(3), functools.partial(reads, rate=0.1), calls, begins]
 """
 
 
@@ -84,6 +86,7 @@ objects = [reads, Rule(0.5), closure(3), functools.partial(reads, rate=0.1), cal
         ("calls(x): return helper(x)", "calls(x): return helper(-x)", "    4"),
         ("math.pi", "math.e", "0  3"),
         ("slope: float = 1.0", "slope: float = 2.0", " 1"),
+        ("start = 1", "start = 2", "     5"),
         ("What it does.", "Other words.", ""),
         ("# a comment", "# another", ""),
         ("is negative", "is below zero", ""),
@@ -95,7 +98,7 @@ def test_it_follows_whatever_a_result_hangs_on_and_nothing_else(cell, old, new, 
     assert old in BASE
     before = [fingerprint(o) for o in cell(BASE)["objects"]]
     after = [fingerprint(o) for o in cell(BASE.replace(old, new))["objects"]]
-    assert {i for i in range(5) if before[i] != after[i]} == {int(i) for i in changed.replace(" ", "")}
+    assert {i for i in range(6) if before[i] != after[i]} == {int(i) for i in changed.replace(" ", "")}
 
 
 def test_a_decorator_of_a_package_hides_nothing(cell):
@@ -191,7 +194,7 @@ def test_the_key_of_a_run_holds_the_model(monkeypatch, name):
 
 def test_the_key_of_a_run_holds_neither_figures_nor_the_table_nor_rules_that_it_does_not_use(monkeypatch):
     before = key()
-    for name in ("plot_harm", "COLORS", "show", "harm", "load_results", "head_energy", "train"):
+    for name in ("plot_harm", "plot_head_map", "COLORS", "harm", "load_results", "head_energy", "train"):
         monkeypatch.setattr(helpers, name, None)
     monkeypatch.setitem(model_local.SOFTMAX_BACKWARD, "mine", "whatever")
     monkeypatch.setitem(model_local.SOFTMAX_BACKWARD, "ste", model_local.none)

@@ -8,12 +8,15 @@ and for ``EXEMPT``.
 import ast
 import re
 from functools import cache
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import nbformat
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
-from helpers import NUMBER, ROOT
+from helpers import NUMBER, ROOT, claim
 
 FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(path.name for path in FOLDER.glob("[0-9i]*.ipynb"))  # not what a reader may have left there
@@ -34,7 +37,7 @@ UNREAD = [
         r"\\begin\{equation\}.*?\\end\{equation\}",
         FORMULA,  # but see ``is_read``
         r"^#+ \d+|^\s*\d+\. ",  # the number of a page, of a section, in a list
-        r"(?:[Ss]ections?|[Ee]xercises?|Figures?|[Pp]lan|Python) \d[\d.]*(?:(?:,| and| to) \d[\d.]*)*",
+        r"(?:[Ss]ections?|[Ee]xercises?|Figures?|[Pp]lan|Python) \d(?:\.?\d)?(?: (?:and|to) \d(?:\.?\d)?)?",
         r"[Hh]ead \d\.\d\b",  # layer and head
         r"(?<![\d.])0\d\b(?!\.)|\[90\b",  # a page
         r"\b(?:19|20)\d\d\b",  # a year
@@ -131,6 +134,26 @@ def unclaimed(prose: Prose) -> list[str]:
     return [words for span, words in around if not all(claimed[slice(*span)])]
 
 
+@pytest.mark.parametrize(
+    ("text", "results"),
+    [
+        ("harm 0.43 [-0.22, 1.07], 42 and 57 %; 1,003,854 tokens", "0.43 -0.22 1.07 42 57 1,003,854"),
+        ("falls to $-6.7$ at $3\\cdot10^{-5}, 10^{-4}$", "-6.7 3\\cdot10^{-5} 10^{-4}"),
+        ("$a = (0.7, 0.2)$ and $\\sigma_B = 0.02$", "0.7 0.2 0.02"),
+        ("| 0.77 | 0.83 |\n|---|---|\n* 0.04\n> 12 of them", "0.77 0.83 0.04 12"),
+        ("5 layers, 3 % and 7 seeds, but 0: as good, 1: as bad, 2/(T+1), 1/64, W_0, H100", "5 3 7"),
+        ("in [0.95](a.md#b12), 95 % intervals, 95 % of heads, 0.05, 05, 2024", "0.95 95 0.05"),
+        ("## 12. Title\n\n 3. item 14\n\nsections 2 and 16, Figures 7.1 and 7.2, 17", "14 17"),
+        ("a `0.5`\n\n    code 0.5\n\n```python\n0.5\n```\n\n0.25", "0.25"),
+        ("```{glossary}\nharm\n  ends at 0.25\n```\n\n```{raw} html\n0.5\n```", "0.25"),
+        ("\\begin{equation}\n0.5\n\\end{equation}\n$J_{11} = 16 - n$ 12", "12"),
+        ("exempt 0.5 GB here, 0.5 GB there", "0.5"),
+    ],
+)
+def test_what_counts_as_a_result(text: str, results: str) -> None:
+    assert [number[0] for number in Prose.of(text, ["exempt 0.5 GB"]).results()] == results.split()
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_every_result_in_prose_is_claimed(name: str) -> None:
     found = unclaimed(prose(name))
@@ -167,3 +190,51 @@ def test_numbers_in_exercises_are_those_that_the_check_uses(name: str) -> None:
 def test_what_is_exempt_is_there() -> None:
     for name, fragments in EXEMPT.items():
         assert not [fragment for fragment in fragments if fragment not in prose(name).text], name
+
+
+@given(st.integers(-99_999_999, 99_999_999), st.integers(0, 4), st.floats(-0.499, 0.499))
+@example(0, 2, 0.3)  # 0.00
+def test_a_claim_holds_to_the_digits_printed_and_not_beyond(digits: int, decimals: int, rest: float) -> None:
+    unit = 10**-decimals
+    value = (digits + rest) * unit
+    for sentence in (f"the loss is {digits * unit:,.{decimals}f} nats", f"a harm of ${digits * unit:.{decimals}f}$."):
+        claim(sentence, value)
+        for wrong in (value + unit, value - unit):
+            with pytest.raises(AssertionError, match="should be"):
+                claim(sentence, wrong)
+
+
+@pytest.mark.parametrize("value", [1e-5, 3e-5, 1e-3, 1e-2])
+def test_a_claim_reads_powers_of_ten(value: float) -> None:
+    mantissa, power = f"{value:.0e}".split("e")
+    written = f"{mantissa}\\cdot10^{{{int(power)}}}".removeprefix("1\\cdot")
+    claim(f"at a rate of ${written}$ it learns", value)
+    for wrong in (value / 10, 3 * value, 10 * value):
+        with pytest.raises(AssertionError, match="should be"):
+            claim(f"at a rate of ${written}$ it learns", wrong)
+
+
+@pytest.mark.parametrize(
+    ("sentence", "values"),
+    [
+        ("the loss falls from 2.4 to 2.1", (2.1, 2.4)),
+        ("the loss falls from 2.4 to 2.1", (2.4,)),
+        ("the loss falls from 2.4 to 2.1", (2.4, 2.1, 1.0)),
+        ("the loss falls from 2.4 to 2.1", (2.4, float("nan"))),
+        ("the loss falls", (False,)),
+        ("the loss falls from 2.4 to 2.1", (2.4, 2.1, False)),
+        ("the loss falls", ()),
+    ],
+)
+def test_a_claim_refuses_what_its_values_do_not_say(sentence: str, values: tuple) -> None:
+    with pytest.raises(AssertionError, match=re.escape(sentence)):
+        claim(sentence, *values)
+
+
+def test_a_claim_can_allow_for_other_machines_and_is_silent_about_other_texts() -> None:
+    claim("a loss of 2.45", 2.47, within=0.03)
+    with pytest.raises(AssertionError):
+        claim("a loss of 2.45", 2.49, within=0.03)
+    claim("a loss of 2.45", 3.0, False, corpus=SimpleNamespace(is_shakespeare=False))
+    with pytest.raises(AssertionError):
+        claim("a loss of 2.45", 3.0, corpus=SimpleNamespace(is_shakespeare=True))

@@ -128,7 +128,7 @@ def test_images_load_and_are_described(visit: Visit) -> None:
 
 def test_figures_have_a_number_and_a_caption(visit: Visit) -> None:
     figures = visit.page.eval_on_selector_all(
-        "figure.align-default", "all => all.map(f => [f.id, f.querySelector('figcaption')?.textContent ?? ''])"
+        "figure.align-default", "all => all.map(f => [f.id, f.querySelector('figcaption')?.textContent.trim() ?? ''])"
     )
     found = [
         f for f in figures if not re.match(rf"Figure {f[0].removeprefix('figure-').replace('-', '[.]')}[.] \w", f[1])
@@ -216,7 +216,9 @@ def test_explorer_names_each_head_by_its_place_and_its_cosine(browser: Browser) 
     page, trouble = visit_page(browser, "explorer.html")
     data = page.evaluate("EXPLORER")
     page.locator("#explorer-step label", has_text=re.compile("^50$")).click()
-    shown = page.eval_on_selector_all("#explorer-head label", "all => all.map(label => label.innerText.split(/\\s+/))")
+    shown = page.eval_on_selector_all(
+        "#explorer-head label", "all => all.map(label => label.textContent.trim().split(/\\s+/))"
+    )
     rows, columns = np.tril_indices(len(data["characters"]))
     stored, expected = data["maps"]["fa"]["50"], []
     for layer in range(data["layers"]):

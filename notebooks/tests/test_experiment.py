@@ -1,0 +1,396 @@
+"""From a model to its symptoms, and from the table of runs to a verdict."""
+
+import dataclasses
+import math
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from scipy.stats import ttest_1samp
+
+import helpers
+from helpers import COLUMNS, KEY, SYMPTOMS, best_settings, harm, harm_table, load_results, plot_harm, symptoms
+from model_local import SOFTMAX_BACKWARD, LocalGPT, LocalGPTConfig
+
+# ---- symptoms, by hand, where layers, heads, batch, positions and channels all differ ------------------------------
+
+SHAPE = LocalGPTConfig(block_size=6, vocab_size=7, n_layer=3, n_head=2, n_embd=8)
+
+
+def unequal_model(**changes) -> LocalGPT:
+    """Queries, keys and the layers are of different sizes, so that no two of the numbers agree by chance."""
+    torch.manual_seed(0)
+    model = LocalGPT(dataclasses.replace(SHAPE, **{"method": "bp", **changes}))
+    with torch.no_grad():
+        for i, block in enumerate(model.blocks):
+            block.attn.q_proj.weight.mul_(20 + 10 * i)
+            block.attn.k_proj.weight.mul_(50 + 5 * i).add_(0.1)
+            block.attn.v_proj.weight.mul_(30)
+    return model
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randint(7, (5, 6), generator=generator)
+    return x, torch.randint(7, (5, 6), generator=generator)
+
+
+def by_hand(model, rule):
+    """All from the formulas: q, k and scores from the inputs of attention, g from the output's gradient and V."""
+    x, y = batch()
+    seen, found = [], {}
+    for block in model.blocks:
+        block.attn.register_forward_pre_hook(lambda module, args: seen.append((module, args[0].detach())))
+        block.attn.o_proj.register_full_backward_hook(lambda m, g_in, g_out: found.update({m: g_in[0].detach()}))
+    model(x, y)[1].backward()
+    B, T, H, D = 5, 6, 2, 4
+    visible = torch.ones(T, T).tril().bool()
+    numbers = {name: [] for name in ("cos_scores", "cos_q", "cos_k", "row_sum", "common_mode", "q_norm", "k_norm")}
+    for attention, h in seen:
+        q, k, v = ((h @ p.weight.detach().T).view(B, T, H, D).transpose(1, 2).double() for p in projections(attention))
+        scores = q @ k.mT / 2  # the root of D
+        a = scores.masked_fill(~visible, -math.inf).softmax(-1)
+        g = found[attention.o_proj].view(B, T, H, D).transpose(1, 2).double() @ v.mT
+        f = a * (g - (a * g).sum(-1, keepdim=True))
+        sent = rule(a, g, visible, None)
+        maps = [(sent[b, n].ravel(), f[b, n].ravel()) for b in range(B) for n in range(H)]
+        numbers["cos_scores"].append(sum(s @ e / s.norm() / e.norm() for s, e in maps) / len(maps))
+        numbers["row_sum"].append(sent.sum(-1).abs().sum() / sent.abs().sum())
+        means = torch.stack([scores[..., t, : t + 1].mean(-1) for t in range(T)])
+        numbers["common_mode"].append((means**2).mean().sqrt())
+        numbers["q_norm"].append((q**2).mean())
+        numbers["k_norm"].append((k**2).mean())
+        for name, mine, true, other in (("cos_q", sent, f, k), ("cos_k", sent.mT, f.mT, q)):
+            grads = [torch.einsum("bhtd,btc->hdc", s @ other / 2, h.double()) for s in (mine, true)]
+            numbers[name].append(torch.cosine_similarity(*(grad.ravel() for grad in grads), dim=0))
+    numbers = {name: float(sum(values) / len(values)) for name, values in numbers.items()}
+    return numbers | {name: math.sqrt(numbers[name]) for name in ("q_norm", "k_norm")}
+
+
+def projections(attention):
+    return attention.q_proj, attention.k_proj, attention.v_proj
+
+
+@pytest.mark.parametrize("rule", ["full", "diagonal", "ste", "mean"])
+def test_symptoms_are_what_their_formulas_say(rule):
+    model = unequal_model(softmax_backward=rule)
+    got = {metric: value for (metric, _), value in symptoms(model, *batch()).items()}
+    expected = by_hand(unequal_model(softmax_backward=rule), SOFTMAX_BACKWARD[rule])
+    models = unequal_model(softmax_backward=rule), unequal_model()  # below the last layer another error arrives, too
+    for trained in models:
+        trained(*batch())[1].backward()
+    for name in ("q", "k"):
+        pairs = [[getattr(b.attn, f"{name}_proj").weight.grad.ravel() for b in m.blocks] for m in models]
+        cosines = [torch.cosine_similarity(*pair, dim=0).item() for pair in zip(*pairs, strict=True)]
+        assert got[f"cos_{name}"] == pytest.approx(np.mean(cosines), abs=1e-5)
+    below = {"cos_q", "cos_k"}
+    for metric in expected.keys() - below:
+        assert got[metric] == pytest.approx(expected[metric], rel=1e-4, abs=1e-6), metric
+    distinct = sorted(v for m, v in expected.items() if m not in below)
+    assert min(np.diff(distinct)) > 1e-3 or rule == "full"
+
+
+@pytest.mark.parametrize("rule", ["diagonal", "ste"])
+def test_the_cosines_at_the_weights_are_those_of_queries_and_of_keys(rule):
+    model = unequal_model(softmax_backward=rule, n_layer=1)
+    got = symptoms(model, *batch())
+    expected = by_hand(unequal_model(softmax_backward=rule, n_layer=1), SOFTMAX_BACKWARD[rule])
+    for metric in ("cos_q", "cos_k"):
+        assert got[metric, ""] == pytest.approx(expected[metric], abs=1e-4)
+    assert abs(expected["cos_q"] - expected["cos_k"]) > 0.003
+
+
+def test_the_exact_pass_has_cosine_1_and_a_rule_that_sends_nothing_has_none():
+    exact = symptoms(unequal_model(softmax_backward="full"), *batch())
+    assert all(exact[name, ""] == pytest.approx(1) for name in ("cos_scores", "cos_q", "cos_k"))
+    assert exact["row_sum", ""] < 1e-6
+    nothing = symptoms(unequal_model(softmax_backward="none"), *batch())
+    assert {name for name, _ in nothing} == {"common_mode", "q_norm", "k_norm"}
+    assert nothing["q_norm", ""] == exact["q_norm", ""] and nothing["common_mode", ""] == exact["common_mode", ""]
+
+
+def test_sigmoid_attention_is_compared_with_its_own_derivative():
+    numbers = symptoms(unequal_model(attn_mode="sigmoid"), *batch())
+    assert numbers["cos_scores", ""] == pytest.approx(1) and numbers["row_sum", ""] > 0.1
+
+
+def test_symptoms_leave_the_model_as_it_was():
+    model = unequal_model(softmax_backward="running")
+    model(*batch())[1].backward()
+    before = {name: p.grad.clone() for name, p in model.named_parameters()}
+    random_numbers = torch.get_rng_state()
+    symptoms(model.eval(), *batch())
+    assert all(torch.equal(before[name], p.grad) for name, p in model.named_parameters())
+    assert torch.equal(random_numbers, torch.get_rng_state())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+# ---- harm ----------------------------------------------------------------------------------------------------------
+
+seed_losses = st.lists(st.floats(1, 4), min_size=3, max_size=12)
+
+
+@given(seed_losses, st.floats(-0.5, 2), st.integers(0, 2**32 - 1), st.sampled_from([0.5, 0.9, 0.95, 0.99]))
+def test_fiellers_interval_ends_where_the_paired_t_test_begins_to_reject(full, harm_, seed, confidence):
+    noise = np.random.default_rng(seed).normal(0, 0.1, (2, len(full)))
+    none = np.array(full) + 1 + noise[0]
+    rule = np.array(full) + harm_ + noise[1]
+    result = harm(rule, full, none, confidence)
+    assume(result.verdict != "undecided")
+    for end in (result.low, result.high):  # at an end h, the mean of (excess - h * gain) is just significant
+        test = ttest_1samp(rule - full - end * (none - np.array(full)), 0)
+        assert test.pvalue == pytest.approx(1 - confidence, rel=1e-6)
+    assert result.low <= result.harm <= result.high
+    assert result.harm == pytest.approx((np.mean(rule) - np.mean(full)) / (np.mean(none) - np.mean(full)))
+
+
+@given(seed_losses, st.floats(0.1, 10), st.floats(-5, 5), st.randoms())
+def test_harm_depends_on_neither_the_unit_nor_the_zero_of_losses_nor_the_order_of_seeds(full, unit, zero, random):
+    rng = np.random.default_rng(0)
+    full = np.array(full)
+    losses = np.stack([full + 0.5 + rng.normal(0, 0.1, len(full)), full, full + 1 + rng.normal(0, 0.1, len(full))])
+    order = random.sample(range(len(full)), len(full))
+    one, other = harm(*losses), harm(*(unit * losses[:, order] + zero))
+    assert one.verdict == other.verdict
+    np.testing.assert_allclose(one[:3], other[:3], rtol=1e-6, atol=1e-6)
+
+
+def around(center, spread=0.0, n=5):
+    return center + spread * np.linspace(-1, 1, n)
+
+
+FULL, NONE = np.full(5, 2.0), np.full(5, 3.0)  # harm is then the rule's loss - 2, with its own t interval
+T95 = 2.7764451 / math.sqrt(5) * np.std(np.linspace(-1, 1, 5), ddof=1)  # half its width, of around(x, 1)
+
+
+@pytest.mark.parametrize(
+    "low, high, verdict",
+    [
+        (0.2, 0.2499, "tolerable"),
+        (-3.0, 0.2499, "tolerable"),
+        (0.2, 0.2501, "costly"),
+        (0.2501, 1.5, "costly"),
+        (0.2499, 0.9999, "costly"),
+        (0.2499, 1.0001, "undetermined"),
+        (-1.0, 2.0, "undetermined"),
+        (0.9999, 2.0, "costly"),
+        (1.0001, 2.0, "catastrophic"),
+    ],
+)
+def test_each_verdict_is_decided_by_the_ends_of_the_interval(low, high, verdict):
+    rule = around(2 + (low + high) / 2, (high - low) / 2 / T95)
+    result = harm(rule, FULL, NONE)
+    assert (result.low, result.high) == (pytest.approx(low, abs=1e-6), pytest.approx(high, abs=1e-6))
+    assert result.verdict == verdict
+
+
+def test_without_a_gain_from_attention_nothing_can_be_decided():
+    gain = around(3, 1 / T95)  # its interval is [0, 2]
+    assert harm(FULL, FULL, gain + 0.001).verdict != "undecided"
+    for none in (gain - 0.001, FULL, FULL - 1, [3, 3, 3, 3, math.inf]):
+        assert harm(FULL + 5, FULL, none)[3] == "undecided"
+    assert harm(FULL, [2, 2, 2, 2, math.inf], NONE).verdict == "undecided"
+
+
+def test_a_diverged_run_is_infinitely_bad():
+    assert harm([2, 2, 2, 2, math.inf], FULL, NONE) == (math.inf, math.inf, math.inf, "catastrophic")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"confidence": 95}, "probability"),
+        ({"confidence": 0}, "probability"),
+        ({"rule": [2, 2, 2, 2, math.nan]}, "NaN"),
+        ({"none": [3, 3, 3, 3, math.nan]}, "NaN"),
+        ({"rule": FULL[:4]}, "same seeds"),
+        ({"rule": [2.0], "full": [2.0], "none": [3.0]}, "two or more"),
+    ],
+)
+def test_harm_refuses_what_it_cannot_judge(change, words):
+    with pytest.raises(ValueError, match=words):
+        harm(**{"rule": FULL, "full": FULL, "none": NONE} | change)
+
+
+# ---- the table -----------------------------------------------------------------------------------------------------
+
+
+def runs(rule="full", losses=(2.0, 2.0), seeds=(0, 1), lr=1e-3, **changes) -> pd.DataFrame:
+    fixed = {"task": "recall", "method": "bp", "softmax_backward": rule, "attn_mode": "softmax", "feedback_scale": 1.0}
+    fixed |= {"lr": lr, "steps": 10, "status": "ok", "curve": "", "data": "d", "code": "", "seconds": 1.0}
+    fixed |= {"machine": "m", "torch": "t", **dict.fromkeys(SYMPTOMS, 0.5)} | changes
+    return pd.DataFrame({"seed": seeds, "val_loss": losses}).assign(**fixed)[COLUMNS]
+
+
+def table(*parts) -> pd.DataFrame:
+    tuned = [runs(rule, (loss,), (100,)) for rule, loss in (("full", 2.0), ("none", 3.0), ("ste", 2.5))]
+    return pd.concat([*tuned, *parts], ignore_index=True)
+
+
+COMPLETE = table(runs("full", (2.0, 2.1)), runs("none", (3.0, 3.1)), runs("ste", (2.5, 2.61)))
+
+
+def verdict(results, rule="ste"):
+    return harm_table(results).set_index("rule").loc[rule]
+
+
+def test_a_rule_is_judged_by_its_test_seeds_paired_with_those_of_full_and_none():
+    row = verdict(COMPLETE)
+    assert row["harm"] == pytest.approx(0.505) and row["verdict"] == harm([2.5, 2.61], [2.0, 2.1], [3.0, 3.1]).verdict
+    assert row["loss"] == pytest.approx(2.555) and row["loss_sd"] == pytest.approx(0.11 / math.sqrt(2))
+    assert (row["seeds"], row["lr"]) == (2, 1e-3)
+    shuffled = COMPLETE.sample(frac=1, random_state=1)
+    assert verdict(shuffled)["low"] == pytest.approx(row["low"], rel=1e-9)
+    assert verdict(COMPLETE, "full")["verdict"] == verdict(COMPLETE, "none")["verdict"] == "reference"
+
+
+def test_tuning_seeds_choose_the_rate_and_test_seeds_do_not():
+    better = runs("ste", (2.4,), (100,), lr=1e-4), runs("ste", (9.0, 9.0), lr=1e-4)
+    row = verdict(pd.concat([COMPLETE, *better]))
+    assert row["lr"] == 1e-4 and row["loss"] == 9.0 and row["lr_tried"] == "0.0001 to 0.001" and row["lr_at_end"]
+    worse = runs("ste", (2.6, 2.6), (100, 101), lr=1e-4), runs("ste", (1.0, 1.0), lr=1e-4)
+    assert verdict(pd.concat([COMPLETE, *worse]))["lr"] == 1e-3
+    middle = runs("ste", (2.6,), (100,), lr=1e-4), runs("ste", (2.6,), (100,), lr=1e-2)
+    assert not verdict(pd.concat([COMPLETE, *middle]))["lr_at_end"]
+
+
+def test_the_scale_of_the_feedback_is_that_which_suits_full_whatever_suits_the_rule():
+    parts = [runs("full", (1.5,), (100,), feedback_scale=2.0), runs("none", (3.0,), (100,), feedback_scale=2.0)]
+    parts += [runs("ste", (2.8,), (100,), feedback_scale=2.0), runs("ste", (2.9, 2.9), feedback_scale=2.0)]
+    parts += [runs("full", (1.5, 1.5), feedback_scale=2.0), runs("none", (3.0, 3.0), feedback_scale=2.0)]
+    row = verdict(pd.concat([COMPLETE, *parts]))
+    assert row["feedback_scale"] == 2.0 and row["loss"] == pytest.approx(2.9) and row["seeds"] == 2
+
+
+@pytest.mark.parametrize("absent", [("none", 0), ("full", 1), ("ste", 0), ("none", 100), ("full", 100)])
+def test_a_run_that_is_not_there_leaves_the_verdict_missing(absent):
+    rule, seed = absent
+    results = COMPLETE[~((COMPLETE["softmax_backward"] == rule) & (COMPLETE["seed"] == seed))]
+    assert verdict(results)["verdict"] == "missing" and math.isnan(verdict(results)["harm"])
+
+
+def failed(results, rule, seed, status="failed: OutOfMemoryError", loss=math.nan):
+    where = (results["softmax_backward"] == rule) & (results["seed"] == seed)
+    return results.assign(status=results["status"].mask(where, status), val_loss=results["val_loss"].mask(where, loss))
+
+
+@pytest.mark.parametrize("run", [("ste", 0), ("full", 1), ("none", 0), ("ste", 100), ("full", 100)])
+def test_a_run_that_failed_says_nothing(run):
+    assert verdict(failed(COMPLETE, *run))["verdict"] == "missing"
+
+
+def test_a_run_that_diverged_is_infinitely_bad():
+    diverged = failed(COMPLETE, "ste", 0, "diverged", math.inf)
+    assert verdict(diverged)["verdict"] == "catastrophic" and verdict(diverged)["harm"] == math.inf
+    tried = runs("ste", (2.7,), (100,), lr=1e-4), runs("ste", (2.1, math.inf), (100, 101), lr=1e-2, status="diverged")
+    tried[1].loc[0, "status"] = "ok"
+    row = verdict(pd.concat([failed(COMPLETE, "ste", 100, "diverged", math.inf), *tried], ignore_index=True))
+    assert row["lr"] == 1e-4
+
+
+def test_the_best_settings_have_the_lowest_mean_not_the_lowest_loss():
+    tuning = pd.concat([runs(losses=(1.0, 4.0), lr=1e-3), runs(losses=(2.0, 2.2), lr=1e-4, feedback_scale=0.5)])
+    assert best_settings(tuning) == (0.5, 1e-4, pytest.approx(2.1))
+    assert all(map(math.isnan, best_settings(tuning.iloc[:0])))
+    assert all(map(math.isnan, best_settings(tuning.assign(val_loss=[1.0, math.nan, 2.0, 2.2]))))
+
+
+DOUBLED = pd.concat([COMPLETE, COMPLETE.iloc[[4]].assign(val_loss=2.2)])
+
+
+@pytest.mark.parametrize(
+    "results, words",
+    [
+        (DOUBLED, "there twice.*softmax_backward=full.*seed=1"),
+        (COMPLETE.assign(data=["d"] * 8 + ["e"]), "other data.*softmax_backward=ste.*seed=1"),
+        (failed(COMPLETE, "ste", 1, "ok"), "is ok and.*softmax_backward=ste.*seed=1"),
+        (failed(COMPLETE, "ste", 1, "ok", math.inf), "is ok and"),
+        (failed(COMPLETE, "ste", 1, "diverged", 2.0), "is diverged and"),
+        (failed(COMPLETE, "ste", 1, "failed: OSError", 2.0), "failed and has a loss"),
+        (failed(COMPLETE, "ste", 1, "great", 2.0), "neither ok nor"),
+        (COMPLETE.assign(code=["a"] * 8 + ["b"]), "same code.*softmax_backward=ste"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "table",
+)
+def test_rows_that_do_not_belong_together_are_refused_by_name(results, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        harm_table(results)
+    results.replace(math.inf, "inf").to_csv(tmp_path / "r.csv", index=False)
+    if "diverged" not in words:  # a file's diverged run has no loss of its own
+        with pytest.raises(ValueError, match=words):
+            load_results(tmp_path / "r.csv")
+
+
+def test_a_table_is_read_as_it_was_written(tmp_path):
+    written = failed(failed(COMPLETE, "ste", 0, "diverged", math.nan), "none", 1)
+    written.to_csv(tmp_path / "r.csv", index=False)
+    read = load_results(tmp_path / "r.csv")
+    pd.testing.assert_frame_equal(read, failed(written, "ste", 0, "diverged", math.inf), check_dtype=False)
+    assert {name: read[name].dtype.kind for name in KEY if KEY[name] is not str} == {
+        "feedback_scale": "f", "lr": "f", "steps": "i", "seed": "i"
+    }  # fmt: skip
+
+
+TEXT = COMPLETE.to_csv(index=False)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("", "empty"),
+        ("a,b\n1,2\n", "columns"),
+        (TEXT.replace(",code,", ",c,"), "look for c, code"),
+        (TEXT[:-20], "cut off"),
+        (TEXT[:-20] + "\n", "line 10"),
+        (TEXT + TEXT.splitlines()[3] + ",1\n", "line 11"),
+        (TEXT.replace("2.61", "2.6l"), "line 10.*2.6l"),
+        (TEXT.replace(",10,1,", ",ten,1,", 1), "ten"),
+        (TEXT.replace(",d,", ",,", 1), "line 2"),
+        (TEXT + TEXT[TEXT.index("\n") + 1 :], "there twice"),
+    ],
+)
+def test_a_damaged_file_is_refused_and_the_line_named(text, words, tmp_path):
+    (tmp_path / "r.csv").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        load_results(tmp_path / "r.csv")
+
+
+def test_without_a_table_it_says_where_one_comes_from(tmp_path):
+    with pytest.raises(FileNotFoundError, match="make sweep"):
+        load_results(tmp_path / "r.csv")
+
+
+def test_the_stored_table_can_be_read_and_says_what_made_it():
+    stored = load_results()
+    assert set(stored["task"]) <= set(helpers.TASKS) and helpers.provenance(stored).startswith(f"{len(stored)} runs: ")
+
+
+def test_runs_of_other_code_are_said_to_be():
+    now = helpers.row_code("recall", method="bp", softmax_backward="full", attn_mode="softmax")
+    mine = runs(rule="mine", seeds=(5, 6), code="abc")
+    results = pd.concat([runs(code=now), runs(seeds=(2, 3), code="abc"), runs(seeds=(4, 5)), mine], ignore_index=True)
+    assert helpers.made_by(results).tolist() == ["this"] * 2 + ["other"] * 2 + ["unknown"] * 2 + ["other"] * 2
+    assert helpers.provenance(results) == "8 runs: 2 by this code, 4 by OTHER code, 2 from before runs named their code"
+
+
+def test_a_tasks_settings_count_as_code(monkeypatch):
+    choices = {"method": "bp", "softmax_backward": "full", "attn_mode": "softmax"}
+    before = helpers.row_code("recall", **choices)
+    monkeypatch.setitem(helpers.TASKS, "recall", helpers.TASKS["recall"] | {"batch_size": 32})
+    assert helpers.row_code("recall", **choices) != before != helpers.row_code("shakespeare", **choices)
+
+
+def test_every_verdict_has_a_colour_and_a_marker_of_its_own():
+    verdicts = ["tolerable", "costly", "catastrophic", "undetermined"]
+    row = {"task": "recall", "method": "bp", "attn_mode": "softmax", "steps": 10, "low": 0.0, "high": 1.0}
+    rows = [row | {"rule": word, "harm": i, "verdict": word, "lr_at_end": False} for i, word in enumerate(verdicts)]
+    with matplotlib.rc_context({"backend": "agg"}):
+        (ax,) = plot_harm(pd.DataFrame(rows))
+    styles = {(line.get_marker(), line.get_color()) for line in ax.lines if line.get_marker() not in ("None", None, "")}
+    assert len({marker for marker, _ in styles}) == len({color for _, color in styles}) == 4
+    plt.close("all")
