@@ -12,7 +12,7 @@ EXECUTED := $(NOTEBOOKS:notebooks/%=$(SITE)/%)
 PAGES := $(wildcard notebooks/*.md)
 SPHINX := $(PY) -m sphinx -q -W --keep-going -E -c notebooks
 
-.PHONY: help report pages test test-report lab sweep bench notebooks setup installed lint clean FORCE
+.PHONY: help report pages test test-report mutants lab sweep bench notebooks setup installed lint clean FORCE
 .DELETE_ON_ERROR:
 # In their order: a notebook may load what an earlier one has trained.
 .NOTPARALLEL:
@@ -33,6 +33,9 @@ test: .venv/.ready $(TEXT_READY)  ## set up, then run every notebook and every e
 
 test-report: report  ## test the report in a browser: pages, links, formulas, accessibility
 	$(PY) -m pytest -o addopts= -rs notebooks/tests/test_report.py
+
+mutants: .venv/.ready $(TEXT_READY)  ## plant faults at random, count those that the tests see (an hour or two)
+	$(PY) notebooks/tests/mutants.py
 
 lab: .venv/.ready $(TEXT_READY)  ## open the notebooks in JupyterLab
 	$(PY) -m jupyterlab notebooks
