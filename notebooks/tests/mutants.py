@@ -6,8 +6,9 @@
 
 What a fault can be is mutmut's list (a sign, a comparison, a number, a string, an argument dropped, ...). Its own
 runner is not used: it passes over module level and decorated functions, and hides all faults in one file, whose text
-the names of checkpoints are made from. Here each fault is a text of its own, in a copy of the project, tried by doctests
-and properties first, by the quick notebooks where these stay green. Annotations and the words of errors are left alone.
+the names of checkpoints are made from. Here each fault is a text of its own, in a copy of the project, tried by
+doctests and properties first, by the quick notebooks where these stay green. Annotations and the words of errors are
+left alone.
 
 Interrupt and call again at any moment: what was tried on this very project, tests included, is in build/mutants.jsonl.
 """
@@ -38,7 +39,7 @@ from scipy.stats import binomtest
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "build" / "mutants.jsonl"
 FILES = ("helpers.py", "model_local.py", "data/prepare.py", "data/sweep.py")
-QUICK_NOTEBOOKS = ("01_softmax_jacobian", "05_verdict", "90_contracts")  # they train nothing
+QUICK_NOTEBOOKS = ("01_softmax_jacobian", "90_contracts")  # they train next to nothing
 LEFT_OUT = (".git", ".venv", ".locks", ".hypothesis", "__pycache__", "build", "report", "runs")
 FORK = multiprocessing.get_context("fork")  # a child inherits the imports, which take longer than most tests
 
