@@ -98,6 +98,14 @@ def first_arguments(name: str, function: str) -> list[ast.expr]:
     return [node.args[0] for node in nodes if getattr(node.func, "id", None) == function]
 
 
+def titles(code: str) -> list[str]:
+    """What the figures of a cell are headed by, where it is written out."""
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    headings = [c.args[0] for c in calls if getattr(c.func, "attr", None) in ("suptitle", "set_title")]
+    headings += [keyword.value for call in calls for keyword in call.keywords if keyword.arg == "title"]
+    return [heading.value for heading in headings if isinstance(heading, ast.Constant) and heading.value]
+
+
 @cache
 def claims(name: str) -> list[str]:
     return [" ".join(ast.literal_eval(sentence).split()) for sentence in first_arguments(name, "claim")]
@@ -116,6 +124,7 @@ def source(name: str) -> tuple[str, str]:
     for cell in cells(name):
         shown = cell.metadata.get("mystnb", {})
         text += "\n\n" + shown.get("figure", {}).get("caption", "") + "\n\n" + shown.get("image", {}).get("alt", "")
+        text += "".join(f"\n\n{title}" for title in (titles(cell.source) if cell.cell_type == "code" else ()))
     for argument in first_arguments(name, "Markdown"):
         parts = argument.values if isinstance(argument, ast.JoinedStr) else [argument]
         text += "\n\n" + "".join(part.value if isinstance(part, ast.Constant) else "~" for part in parts)
