@@ -55,7 +55,7 @@ lint: .venv/.ready  ## check the style of code and notebooks
 	$(PY) -m ruff check .
 
 clean:  ## remove the report and caches; .venv and data/ stay
-	rm -rf report build *.egg-info .pytest_cache .ruff_cache .coverage* notebooks/.ipynb_checkpoints
+	rm -rf report build *.egg-info .pytest_cache .ruff_cache notebooks/.ipynb_checkpoints
 
 # The stamp comes last: a set-up that failed or was interrupted is taken up again.
 .venv/.ready: requirements.txt pyproject.toml
