@@ -87,7 +87,9 @@ def run_pytest(copy: Path, arguments: list[str], limit: float) -> str:
             os.dup2(output.fileno(), 2)
         import pytest
 
-        sys.path.insert(0, str(copy))  # before the place where the project is installed
+        # before the place where the project is installed, for this process and for the kernels
+        sys.path.insert(0, str(copy))
+        os.environ["PYTHONPATH"] = str(copy)
         sys.exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *arguments])))
 
     process = FORK.Process(target=child)
