@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from decimal import Decimal
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import BinaryIO, NamedTuple
@@ -353,7 +353,7 @@ def _parts(value) -> Iterator[tuple[str, object]]:
     elif isinstance(value, FunctionType) and not _is_installed((code := value.__code__).co_filename):
         source = _functions(code.co_filename).get((code.co_name, code.co_firstlineno))
         if source is None:
-            raise ValueError("its source is not to be found, or has changed since it was loaded")
+            raise ValueError("its source is not to be found, or has changed since it was loaded, or it is a lambda")
         yield "code", source
         yield "defaults", (value.__defaults__, value.__kwdefaults__)
         closure = zip(code.co_freevars, value.__closure__ or (), strict=True)
@@ -490,6 +490,8 @@ def train(
     was; without a ``directory`` nothing is written. Raises TypeError or ValueError on arguments that cannot be, also
     on a ``measure`` whose code cannot be looked at, and FloatingPointError if the run diverges.
     """
+    if not isinstance(config, LocalGPTConfig):
+        raise TypeError(f"config={config!r} is no LocalGPTConfig: write LocalGPTConfig(method='bp', ...)")
     data = load_corpus() if data is None else data
     if not isinstance(data, Corpus | RecallTask):
         raise TypeError(f"data={data!r} is neither a corpus nor a task: write data=load_corpus() or data=RecallTask()")
@@ -508,7 +510,10 @@ def train(
             expected = "a positive number" if name == "lr" else f"a whole number from {least} up"
             raise ValueError(f"{name}={value!r} is not {expected}")
         settings[name] = float(value) if name == "lr" else int(value)
-    device = str(device)
+    try:
+        device = str(torch.device(device))
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device={device!r} is unknown to PyTorch: write 'cpu' or 'cuda'") from error
     start = settings | {"config": config, "data": data, "measure": measure, "device": device}
     settings |= {"config": dataclasses.asdict(config), "data": data.sha256, "device": device}
     settings["code"] = training_code(config, type(data), measure)
@@ -845,7 +850,7 @@ def head_energy(
     [0.25, 0.25, 0.5, 1.0]
     """
     visible, off = _check_attention(attn, grad, visible)
-    if n_boot < 1:
+    if not isinstance(n_boot, Integral) or n_boot < 1:
         raise ValueError(f"n_boot={n_boot}: an interval needs resamples, a thousand or so")
     n_visible = visible.sum(-1)
     several = n_visible > 1  # a query with a single key has a = 1 and J = 0: it carries nothing
@@ -923,9 +928,11 @@ def _precision(values: Tensor) -> tuple[float, float]:
 
 def _check_attention(attn: Tensor, grad: Tensor, visible: Tensor | None) -> tuple[Tensor, float]:
     """Refuse what is no softmax attention; return the boolean map of visible keys and the largest |row sum - 1|."""
+    if not all(isinstance(values, Tensor) for values in (attn, grad, attn if visible is None else visible)):
+        raise ValueError("attn, grad and visible are expected as torch tensors: write torch.as_tensor(...)")
     if attn.dim() != 4 or attn.shape[-1] != attn.shape[-2] or attn.shape != grad.shape or not attn.numel():
         shapes = f"{tuple(attn.shape)} and {tuple(grad.shape)}"
-        raise ValueError(f"expected attn and grad of one shape (B, H, T, T), none of them 0, got {shapes}")
+        raise ValueError(f"expected attn and grad of one shape (B, H, T, T), four sizes, none of them 0, got {shapes}")
     if not (attn.is_floating_point() and grad.is_floating_point()):
         raise ValueError(f"expected floating-point numbers, got attn {attn.dtype} and grad {grad.dtype}")
     if visible is None:

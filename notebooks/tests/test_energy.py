@@ -354,6 +354,9 @@ NEGATIVE = torch.tensor([[1.0, 0.0, 0.0], [1.5, -0.5, 0.0], [0.2, 0.3, 0.5]]).ex
         (torch.eye(3).long().expand(2, 2, 3, 3), GRAD, {}, "floating-point"),
         (ATTN, GRAD.long(), {}, "floating-point"),
         (ATTN, GRAD, {"n_boot": 0}, "n_boot=0"),
+        (ATTN, GRAD, {"n_boot": 1.5}, "n_boot=1.5"),
+        (ATTN.numpy(), GRAD, {}, "torch tensors"),
+        (ATTN, GRAD, {"visible": [[True]]}, "torch tensors"),
     ],
 )
 def test_what_is_no_softmax_attention_is_refused(attn, grad, changes, reason):

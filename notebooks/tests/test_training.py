@@ -458,6 +458,7 @@ def not_pairs(model, x, y):
         *[({"lr": bad}, "lr=.* positive number") for bad in (0, -1e-3, math.nan, math.inf, "fast", [1e-3])],
         *[({"data": bad}, "neither a corpus nor a task") for bad in ([], "shakespeare_char", 0, False)],
         ({"data": RecallTask()}, "vocab_size"),
+        *[({"device": bad}, "device=.* unknown to PyTorch") for bad in ("gpu", 1.5)],
         *[({"measure": bad}, "no fingerprint|no function") for bad in (lambda m, x, y: {}, None)],
         *[({"measure": bad}, "a dict of numbers by") for bad in (not_a_dict, not_numbers, not_pairs)],
     ],
@@ -467,6 +468,11 @@ def test_what_cannot_be_is_refused_before_anything_is_written(short, tmp_path, c
     with pytest.raises((TypeError, ValueError), match=words):
         short(**change)
     assert files(tmp_path) == []
+
+
+def test_settings_that_are_no_config_are_refused():
+    with pytest.raises(TypeError, match="no LocalGPTConfig"):
+        train({"vocab_size": 65})
 
 
 def test_a_measure_may_be_a_nested_function_or_a_partial_and_its_settings_count(short, tmp_path):
