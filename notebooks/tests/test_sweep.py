@@ -51,6 +51,14 @@ def without_times(path) -> bytes:
     return pd.read_csv(path, dtype=str).drop(columns="seconds").to_csv(index=False).encode()
 
 
+def test_the_stored_runs_are_at_the_rates_and_scales_of_the_plan():
+    plan, results = sweep.PLANS["full"], load_results()
+    tuning = results[results["seed"] >= helpers.FIRST_TUNING_SEED]
+    assert set(tuning["lr"]) == {*plan.lrs, *plan.more_lrs} and set(tuning["feedback_scale"]) == set(plan.scales)
+    assert set(tuning["seed"]) == set(plan.tuning_seeds)
+    assert set(results["seed"]) - set(tuning["seed"]) == set(plan.test_seeds)
+
+
 def test_the_same_plan_twice_writes_the_same_bytes_but_for_the_times(tmp_path):
     first, second = tmp_path / "a" / "results.csv", tmp_path / "b" / "results.csv"
     for path in (first, second):
