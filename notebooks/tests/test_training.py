@@ -278,8 +278,10 @@ def test_a_resumed_run_ends_like_one_that_was_never_interrupted(short, tmp_path,
 
 
 def retrained(short, words):
-    with pytest.warns(UserWarning, match=words):
-        return short()
+    with pytest.warns(UserWarning, match=words) as warned:
+        run = short()
+    assert {warning.filename for warning in warned} == {__file__}, "who called train is to see it"
+    return run
 
 
 def test_no_flipped_bit_gets_through(short, tmp_path):
