@@ -122,7 +122,7 @@ def layers(copy: Path, name: str) -> dict[str, list[str]]:
 def work(copy: Path, todo: list[tuple[str, int]], limits: dict[str, float], state: str) -> None:
     """Try the mutants of ``todo`` (file, number in that file), and add a line for each to ``RESULTS``."""
     for file, number in todo:
-        text = (ROOT / file).read_text()
+        text = (copy / file).read_text()  # who edits the project meanwhile changes nothing here
         module = cst.parse_module(text)
         name, old, new = mutants(module)[number]
         changed = module.deep_replace(old, new).code
