@@ -274,16 +274,18 @@ def sweep(plan: Plan, results: Path = RESULTS, jobs: int = -1, device: str = "cp
     others = set(table.loc[made_by(table) != "this", GROUP].itertuples(index=False, name=None))
     for group in sorted(others.intersection(map(group_of, plan.wanted(table, guess=True)))):
         print(f"left as other code made it: {', '.join(map(str, group))} (see --help)", file=sys.stderr)
-    wanted = [cell for cell in plan.wanted(table, guess=True) if group_of(cell) not in others]
-    deaths, start = 0, len(cells_of(table).intersection(wanted))
+
+    def wanted(table: pd.DataFrame, guess: bool = False) -> list[Cell]:
+        return [cell for cell in plan.wanted(table, guess) if group_of(cell) not in others]
+
+    deaths, start = 0, len(cells_of(table).intersection(wanted(table, guess=True)))
     with tqdm(desc="sweep", unit="run", smoothing=0, initial=start) as bar:
         while True:
             table = load_results(results)
-            done = cells_of(table)
-            everything = [cell for cell in plan.wanted(table, guess=True) if group_of(cell) not in others]
+            done, everything = cells_of(table), wanted(table, guess=True)
             bar.total = len(everything)
             bar.update(len(done.intersection(everything)) - bar.n)  # by others as well
-            cells = [cell for cell in plan.wanted(table) if cell not in done and group_of(cell) not in others]
+            cells = [cell for cell in wanted(table) if cell not in done]
             if not cells:
                 return
             finished = 0
