@@ -56,6 +56,7 @@ import model_local
 from model_local import (
     ATTN_MODES,
     METHODS,
+    QK_NORM,
     SOFTMAX_BACKWARD,
     AttentionWeights,
     LocalGPT,
@@ -267,6 +268,17 @@ class RecallTask:
         return 1 / self.n_pairs + (1 - 1 / self.n_pairs) / self.n_values
 
     @property
+    def best_guess(self) -> float:
+        """Accuracy of one who names the value that occurs most often in the sequence: the best without any lookup."""
+        ways = [1 / math.factorial(times) for times in range(self.n_pairs + 1)]
+        at_most = []  # how probable it is that no value occurs more than 0, 1, 2, ... times
+        for most in range(self.n_pairs + 1):
+            series = np.polynomial.polynomial.polypow(ways[: most + 1], self.n_values)
+            series = np.append(series, np.zeros(self.n_pairs))[self.n_pairs]
+            at_most.append(series * math.factorial(self.n_pairs) / self.n_values**self.n_pairs)
+        return (self.n_pairs - sum(at_most[:-1])) / self.n_pairs
+
+    @property
     def sha256(self) -> str:
         return hashlib.sha256(repr(self).encode()).hexdigest()
 
@@ -463,7 +475,7 @@ class Run:
 
 def alignment(model: LocalGPT, x: Tensor, y: Tensor) -> dict[tuple[str, str], float]:
     """Cosine in [-1, 1] of each parameter's gradient with the one that exact backpropagation gives it here."""
-    cosines = gradient_cosines(model, twin(model, method="bp", softmax_backward="full"), x, y)
+    cosines = gradient_cosines(model, twin(model, **dataclasses.asdict(model.config.exact)), x, y)
     return {("alignment", name): cosine for name, cosine in cosines.items()}
 
 
@@ -479,11 +491,13 @@ def train(
     device: str = "cpu",
     directory: str | os.PathLike | None = DATA / "runs",
     progress: bool = True,
+    optimizer: str = "adamw",
 ) -> Run:
-    """Train a LocalGPT with AdamW at a constant rate, or load the run if it was trained before.
+    """Train a LocalGPT, or load the run if it was trained before.
 
-    ``data`` is a corpus (the default one if not given) or a task. Every ``eval_every`` steps the model is scored, and
-    a copy of it measured on one fixed batch: ``measure(model, x, y)`` returns numbers by (metric, part).
+    ``data`` is a corpus (the default one if not given) or a task, ``optimizer`` one of OPTIMIZERS. Every ``eval_every``
+    steps the model is scored, and a copy of it measured on one fixed batch: ``measure(model, x, y)`` returns numbers by
+    (metric, part).
 
     The checkpoint's name is a hash of all that determines the run: the arguments, the data, torch's version and the
     code (``training_code``). It is rewritten every ``eval_every`` steps, so that an interrupted run goes on where it
@@ -502,6 +516,8 @@ def train(
             f"config.vocab_size={config.vocab_size} and the data {data.name!r} have {data.vocab_size}: "
             "write LocalGPTConfig(vocab_size=corpus.vocab_size, ...)"
         )
+    if optimizer not in list(OPTIMIZERS):
+        raise ValueError(f"optimizer={optimizer!r} is unknown: choose one of {', '.join(OPTIMIZERS)}")
     settings = {"steps": steps, "batch_size": batch_size, "eval_every": eval_every, "seed": seed, "lr": lr}
     for name, value in settings.items():  # NumPy's numbers are welcome, and 500.0 steps
         least = {"seed": 0, "lr": math.nextafter(0, 1)}.get(name, 1)
@@ -514,9 +530,10 @@ def train(
         device = str(torch.device(device))
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device={device!r} is unknown to PyTorch: write 'cpu' or 'cuda'") from error
-    start = settings | {"config": config, "data": data, "measure": measure, "device": device}
-    settings |= {"config": dataclasses.asdict(config), "data": data.sha256, "device": device}
-    settings["code"] = training_code(config, type(data), measure)
+    settings |= {"device": device, "optimizer": optimizer}
+    start = settings | {"config": config, "data": data, "measure": measure}
+    settings |= {"config": dataclasses.asdict(config), "data": data.sha256}
+    settings["code"] = training_code(config, type(data), measure, optimizer)
     settings["torch"] = str(torch.__version__)  # a str of its own class, which the safe loader refuses
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     path = None
@@ -539,25 +556,41 @@ def train(
     return Run(model.eval(), table, state["snapshots"])
 
 
-def training_code(config: LocalGPTConfig, data: type, measure: Callable) -> str:
-    """The fingerprint of the code that determines a run; of methods, rules and activations only those it uses."""
+def adamw(model: LocalGPT, lr: float, steps: int) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019) at a constant rate, with PyTorch's betas and weight decay."""
+    return torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
+
+
+def sgd(model: LocalGPT, lr: float, steps: int) -> torch.optim.Optimizer:
+    """Stochastic gradient descent with momentum 0.9, at a constant rate: no weight's step is rescaled."""
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+
+
+# how the gradients change the weights: a function of the model, the learning rate and the number of steps
+OPTIMIZERS: dict[str, Callable[[LocalGPT, float, int], torch.optim.Optimizer]] = {"adamw": adamw, "sgd": sgd}
+
+
+def training_code(config: LocalGPTConfig, data: type, measure: Callable, optimizer: str = "adamw") -> str:
+    """The fingerprint of the code that determines a run; of methods, rules, norms and the like only those it uses."""
     used = [registry[getattr(config, name)] for name, registry in REGISTRIES.items()]
-    return fingerprint(_training, data, measure, *used, without=REGISTRIES.values())
+    return fingerprint(
+        _training, data, measure, OPTIMIZERS[optimizer], *used, without=[OPTIMIZERS, *REGISTRIES.values()]
+    )
 
 
-REGISTRIES = {"method": METHODS, "softmax_backward": SOFTMAX_BACKWARD, "attn_mode": ATTN_MODES}
+REGISTRIES = {"method": METHODS, "softmax_backward": SOFTMAX_BACKWARD, "attn_mode": ATTN_MODES, "qk_norm": QK_NORM}
 STATE = ("step", "history", "snapshots", "model", "optimizer", "batches", "rng")  # what a run goes on from
 
 
 def _training(
-    config, steps, lr, batch_size, seed, data, eval_every, measure, device, saved: dict | None, bar
+    config, steps, lr, batch_size, seed, data, eval_every, measure, device, optimizer, saved: dict | None, bar
 ) -> Iterator[tuple[LocalGPT, dict]]:
     """A run, from its start or a ``saved`` state on: model and state every ``eval_every`` steps. See ``train``."""
     torch.manual_seed(seed)
     model = LocalGPT(config).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
+    optimizer = OPTIMIZERS[optimizer](model, lr, steps)
     batches = torch.Generator().manual_seed(seed)
-    probe = data.batch(config.block_size, batch_size, torch.Generator().manual_seed(0), device)
+    probe = data.batch(config.block_size, batch_size, torch.Generator().manual_seed(-1), device)  # no run's seed
     step, history, snapshots = 0, [], {}
 
     def record(metrics: dict[str, float]) -> tuple[LocalGPT, dict]:
@@ -971,8 +1004,11 @@ def symptoms(model: LocalGPT, x: Tensor, y: Tensor) -> dict[tuple[str, str], flo
 
     ``cos_scores``, ``cos_q``, ``cos_k``: cosine in [-1, 1] of what the rule sends with the exact pass, at the scores
     and at the gradients of W_q and W_k (missing where it sends nothing). ``row_sum``: |sum| over the sum of sizes of
-    what a query's keys receive, in [0, 1]; 0 for the exact softmax. ``common_mode``: root mean square of the mean score
-    of a query, which the softmax does not see. ``q_norm``, ``k_norm``: root mean square of the entries of Q and K.
+    what a query's keys receive, in [0, 1]; 0 for the exact softmax. ``radial_q``, ``radial_k``: the same of its
+    products with the scores, summed over a query's keys and over a key's queries, which is what makes the norms of
+    queries and keys grow. ``common_mode``: root mean square of the mean score of a query, which the softmax does not
+    see. ``q_norm``, ``k_norm``: root mean square of the entries of Q and K, before any norm. ``entropy``: of a row of
+    attention, over the log of its number of keys, in [0, 1]. ``score_max``: a row's largest score, less its mean.
     """
     norms: dict[str, list[float]] = {"q": [], "k": []}
 
@@ -989,23 +1025,35 @@ def symptoms(model: LocalGPT, x: Tensor, y: Tensor) -> dict[tuple[str, str], flo
         for handle in handles:
             handle.remove()
 
-    values: dict[str, list[float]] = {"cos_scores": [], "row_sum": [], "common_mode": []}
+    values = {name: [] for name in SYMPTOMS}
     for layer in layers:
         visible = layer.scores[0, 0].isfinite()
-        mean_score = layer.scores.masked_fill(~visible, 0).sum(-1) / visible.sum(-1)
+        n_visible = visible.sum(-1)
+        scores = layer.scores.masked_fill(~visible, 0)
+        mean_score = scores.sum(-1) / n_visible
+        entropy = torch.special.entr(layer.attn).sum(-1)[..., 1:] / n_visible[1:].log()  # the first query sees one key
         values["common_mode"].append(mean_score.square().mean().sqrt().item())
+        values["entropy"].append(entropy.mean().item())
+        values["score_max"].append((layer.scores.amax(-1) - mean_score)[..., 1:].mean().item())
         sent = model.get_submodule(layer.name).send_back(layer.attn, layer.grad, visible)
         if sent is None:
             continue
         exact = sent if model.config.attn_mode == "sigmoid" else full(layer.attn, layer.grad, visible)
         cosine = F.cosine_similarity(sent.double().flatten(2), exact.double().flatten(2), dim=-1, eps=0)
         values["cos_scores"].append(cosine.nanmean().item())
-        values["row_sum"].append((sent.sum(-1).abs().sum() / sent.abs().sum()).item())
+        radial = sent * scores
+        for name, part, dim in (("row_sum", sent, -1), ("radial_q", radial, -1), ("radial_k", radial, -2)):
+            values[name].append((part.sum(dim).abs().sum() / part.abs().sum()).item())
     values |= {f"{name}_norm": [math.sqrt(np.mean(squares))] for name, squares in norms.items()}
-    cosines = gradient_cosines(model, twin(model, softmax_backward="full"), x, y)
+    exact = twin(model, **dataclasses.asdict(dataclasses.replace(model.config.exact, method=model.config.method)))
+    cosines = gradient_cosines(model, exact, x, y)
     for name in "qk":
         values[f"cos_{name}"] = [cosine for part, cosine in cosines.items() if part.endswith(f"{name}_proj.weight")]
     return {(metric, ""): float(np.mean(found)) for metric, found in values.items() if found}
+
+
+SYMPTOMS = ["cos_scores", "cos_q", "cos_k", "row_sum", "radial_q", "radial_k"]
+SYMPTOMS += ["common_mode", "q_norm", "k_norm", "entropy", "score_max"]
 
 
 class Harm(NamedTuple):
@@ -1075,37 +1123,39 @@ def harm(rule: Iterable[float], full: Iterable[float], none: Iterable[float], co
 
 RECALL = RecallTask()
 TASKS = {  # what is learnt, by which shape of model, for how long
-    "shakespeare": {"data": "shakespeare_char", "batch_size": 32, "steps": 500, "shape": {}},
+    "shakespeare": {"data": "shakespeare_char", "batch_size": 32, "steps": 500, "eval_every": 100, "shape": {}},
     "recall": {
         "data": RECALL,
         "batch_size": 64,
         "steps": 3000,
+        "eval_every": 150,
         "shape": {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": RECALL.block_size},
     },
 }
 # the table of runs: what determines one, how it ended, what made it
-KEY = {"task": str, "method": str, "softmax_backward": str, "attn_mode": str}
-KEY |= {"feedback_scale": float, "lr": float, "steps": int, "seed": int}
-SYMPTOMS = ["accuracy", "cos_scores", "cos_q", "cos_k", "row_sum", "common_mode", "q_norm", "k_norm"]
-COLUMNS = [*KEY, "status", "val_loss", *SYMPTOMS, "curve", "data", "code", "seconds", "machine", "torch"]
+KEY = {"task": str, "method": str, "softmax_backward": str, "attn_mode": str, "qk_norm": str, "score_scale": float}
+KEY |= {"optimizer": str, "feedback_scale": float, "lr": float, "steps": int, "seed": int}
+OUTCOMES = ["val_loss", "accuracy", *SYMPTOMS]
+COLUMNS = [*KEY, "status", *OUTCOMES, "losses", "accuracies", "data", "code", "seconds", "machine", "torch"]
 RESULTS = DATA / "results.csv"
-GROUP = ["task", "method", "attn_mode", "steps"]  # what a rule is compared within
-FIRST_TUNING_SEED = 100  # smaller seeds are tests, from here on they chose the learning rate
+GROUP = ["task", "method", "attn_mode", "qk_norm", "score_scale", "optimizer", "steps"]  # a rule is compared within it
+MAKERS = ["task", "softmax_backward", "method", "attn_mode", "qk_norm", "optimizer"]  # what a row's code depends on
+TUNING_SEEDS = range(100, 200)  # they chose the learning rate; all others are tests
 
 
-def row_code(task: str, **rules: str) -> str:
-    """The fingerprint of a task and of the code by which a run under these ``REGISTRIES`` would be made now."""
+def row_code(task: str, optimizer: str = "adamw", **rules: str) -> str:
+    """The fingerprint of a task and of the code by which a run under these ``MAKERS`` would be made now."""
     data = TASKS[task]["data"]
-    code = training_code(LocalGPTConfig(**rules), Corpus if isinstance(data, str) else type(data), symptoms)
-    return fingerprint(code, TASKS[task])[:12]
+    kind = Corpus if isinstance(data, str) else type(data)
+    return fingerprint(training_code(LocalGPTConfig(**rules), kind, symptoms, optimizer), TASKS[task])[:12]
 
 
 def made_by(results: pd.DataFrame) -> pd.Series:
     """What made each run of the table: "this" code, "other" code, or "unknown" code (before rows named it)."""
     made = pd.Series("unknown", index=results.index, dtype=object)
-    for (task, *rules), runs in results[results["code"] != ""].groupby(["task", *REGISTRIES]):
+    for makers, runs in results[results["code"] != ""].groupby(MAKERS):
         try:
-            now = row_code(task, **dict(zip(REGISTRIES, rules, strict=True)))
+            now = row_code(**dict(zip(MAKERS, makers, strict=True)))
         except (KeyError, ValueError):  # a task or a rule that is not here
             now = None
         made[runs.index] = np.where(runs["code"] == now, "this", "other")
@@ -1150,7 +1200,7 @@ def load_results(path: Path = RESULTS) -> pd.DataFrame:
             raise damaged(f"line {reader.line_num} has too many or too few values")
         try:
             row |= {name: kind(row[name]) for name, kind in KEY.items()}
-            row |= {name: float(row[name] or "nan") for name in ("val_loss", "seconds", *SYMPTOMS)}
+            row |= {name: float(row[name] or "nan") for name in ("seconds", *OUTCOMES)}
         except ValueError as error:
             raise damaged(f"in line {reader.line_num}, {error}") from error
         rows.append(row)
@@ -1189,19 +1239,26 @@ class Settings(NamedTuple):
     loss: float
 
 
-def best_settings(tuning: pd.DataFrame) -> Settings:
-    """Feedback scale and learning rate of the lowest mean validation loss among runs; NaN where there are none.
+SOLVED = 0.99  # the accuracy from which on a run has solved recall
 
-    A run that diverged has the loss inf; where one is missing (NaN: it failed), nothing can be chosen.
+
+def best_settings(tuning: pd.DataFrame) -> Settings:
+    """Feedback scale and learning rate by which most runs solved their task, then those of the lowest mean loss.
+
+    A run that diverged has the loss inf; where one is missing (NaN: it failed), nothing can be chosen, and all is NaN.
+    Where runs have no accuracy none is solved, so the loss decides alone.
 
     >>> losses = [2.1, 2.3, 2.0, math.inf]
     >>> best_settings(pd.DataFrame({"feedback_scale": 1.0, "lr": [1e-3, 1e-3, 3e-3, 3e-3], "val_loss": losses}))
     Settings(feedback_scale=1.0, lr=0.001, loss=2.2)
     """
-    losses = tuning.groupby(["feedback_scale", "lr"])["val_loss"].mean(skipna=False)
-    if losses.empty or losses.isna().any():
+    solved = tuning["accuracy"] >= SOLVED if "accuracy" in tuning else False
+    settings = tuning.assign(solved=solved).groupby(["feedback_scale", "lr"])
+    choice = settings["solved"].mean().to_frame().assign(loss=settings["val_loss"].mean(skipna=False))
+    if choice.empty or choice["loss"].isna().any():
         return Settings(math.nan, math.nan, math.nan)
-    return Settings(*map(float, losses.idxmin()), float(losses.min()))
+    best = choice.sort_values(["solved", "loss"], ascending=[False, True]).iloc[0]
+    return Settings(*map(float, best.name), float(best["loss"]))
 
 
 def harm_table(results: pd.DataFrame) -> pd.DataFrame:
@@ -1214,7 +1271,8 @@ def harm_table(results: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for group, runs in check_results(results).groupby(GROUP, sort=False):
-        tuning, tests = runs[runs["seed"] >= FIRST_TUNING_SEED], runs[runs["seed"] < FIRST_TUNING_SEED]
+        chose = runs["seed"].isin(TUNING_SEEDS)
+        tuning, tests = runs[chose], runs[~chose]
         scale = best_settings(tuning[tuning["softmax_backward"] == "full"]).feedback_scale
         if not math.isnan(scale):
             tuning = tuning[tuning["feedback_scale"] == scale]
@@ -1237,7 +1295,7 @@ def harm_table(results: pd.DataFrame) -> pd.DataFrame:
             row |= {"lr_tried": "{:g} to {:g}".format(*ends), "lr_at_end": lrs[rule] in ends}
             with np.errstate(invalid="ignore"):  # a diverged run's loss is inf, and has no deviation
                 row |= {"loss": part["val_loss"].mean(), "loss_sd": part["val_loss"].std(), **result._asdict()}
-            rows.append(row | part[SYMPTOMS].mean().to_dict())
+            rows.append(row | part[["accuracy", *SYMPTOMS]].mean().to_dict())
     return pd.DataFrame(rows)
 
 

@@ -1,13 +1,14 @@
 """LocalGPT: a small GPT whose backward pass can be made local, one piece at a time.
 
-Two independent choices decide how an error travels backwards:
+Three independent choices decide how an error travels backwards:
 
 * ``method``: how every linear map ``y = x W^T`` sends its error back to ``x`` (``bp``, ``fa``, ``sign_sym``, ``dfa``);
-* ``softmax_backward``: how the softmax of attention sends its error back to the scores (``full``, ``diagonal``, ...).
+* ``softmax_backward``: how the softmax of attention sends its error back to the scores (``full``, ``diagonal``, ...);
+* ``qk_norm``: whether queries and keys are normalised, and which of the two norms sends its error back exactly.
 
-The forward pass is the same whatever they are: a pre-LayerNorm GPT as in nanoGPT, without biases and with an output
-layer of its own (tying it to the embedding would be weight transport by another name). The file reads from top to
-bottom: configuration, linear maps, softmax, attention, block, GPT.
+The forward pass is else the same whatever they are: a pre-LayerNorm GPT as in nanoGPT, without biases and with an
+output layer of its own (tying it to the embedding would be weight transport by another name). The file reads from top
+to bottom: configuration, linear maps, softmax, norms, attention, block, GPT.
 
 References
 ----------
@@ -21,6 +22,8 @@ Williams 1992, "Simple statistical gradient-following algorithms"               
 Dao et al. 2022, "FlashAttention"                                                         the lateral sum as ``dO . O``
 Bengio et al. 2013, "Estimating or propagating gradients through stochastic neurons for conditional computation" ``ste``
 Ramapuram et al. 2024, "Theory, analysis, and best practices for sigmoid self-attention"  ``attn_mode="sigmoid"``
+Henry et al. 2020, "Query-key normalization for transformers"                             ``qk_norm``
+Zhang and Sennrich 2019, "Root mean square layer normalization"                           the norm in ``qk_norm``
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 
 import torch
@@ -62,6 +65,8 @@ class LocalGPTConfig:
     method: str = "fa"  # one of METHODS
     softmax_backward: str = "full"  # one of SOFTMAX_BACKWARD
     feedback_scale: float = 1.0  # standard deviation of the feedback matrices, in units of INIT_STD
+    qk_norm: str = "off"  # one of QK_NORM
+    score_scale: float = 1.0  # a factor on the scores, beside the usual 1 / sqrt(D)
 
     def __post_init__(self) -> None:
         # NumPy's numbers, as loops over arrays give them, become Python's: a config is compared and written down
@@ -78,12 +83,14 @@ class LocalGPTConfig:
         for name, what, fits in (
             ("dropout", "a probability in [0, 1)", lambda p: 0 <= p < 1),
             ("feedback_scale", "a positive number", lambda scale: 0 < scale < math.inf),
+            ("score_scale", "a positive number", lambda scale: 0 < scale < math.inf),
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Real) or not fits(value):
                 raise ValueError(f"{name}={value!r} is not {what}")
             object.__setattr__(self, name, float(value))
-        for name, known in (("attn_mode", ATTN_MODES), ("method", METHODS), ("softmax_backward", SOFTMAX_BACKWARD)):
+        registries = {"attn_mode": ATTN_MODES, "method": METHODS, "softmax_backward": SOFTMAX_BACKWARD}
+        for name, known in (registries | {"qk_norm": QK_NORM}).items():
             if getattr(self, name) not in list(known):  # a list: what cannot be hashed is unknown, too
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(known)}")
         if self.attn_mode == "sigmoid" and self.softmax_backward not in ("full", "none"):
@@ -91,6 +98,12 @@ class LocalGPTConfig:
                 f"softmax_backward={self.softmax_backward!r} replaces a softmax's Jacobian, and attn_mode='sigmoid' "
                 "has none: choose 'full' (its own exact derivative) or 'none'"
             )
+
+    @property
+    def exact(self) -> LocalGPTConfig:
+        """The model with this forward pass whose error goes back by the chain rule, all the way."""
+        qk_norm = "off" if self.qk_norm == "off" else "exact"
+        return replace(self, method="bp", softmax_backward="full", qk_norm=qk_norm)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -191,29 +204,30 @@ METHODS: dict[str, type[BackpropLinear]] = {
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Softmax: how a = softmax(s) sends its error g = dL/da back to s. A rule takes a and g (B, H, T, T), the boolean map of
-# visible keys (T, T) and the running mean of g per head (H, 1, 1), and returns dL/ds, 0 on all other keys, or None
-# where nothing is sent. A further rule is one entry in SOFTMAX_BACKWARD.
+# visible keys (T, T) and its own memory, if it has one, and returns dL/ds, 0 on all other keys, or None where nothing
+# is sent. A further rule is one entry in SOFTMAX_BACKWARD. A rule with a memory has two methods more: start(config) is
+# the memory before training, and learn(memory, a, g, visible) what becomes of it after each step.
 # ---------------------------------------------------------------------------------------------------------------------
 
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor | None]
 
 
-def zero(a: Tensor, g: Tensor, visible: Tensor, running: Tensor | None = None) -> float:
+def zero(a: Tensor, g: Tensor, visible: Tensor, memory: Tensor | None = None) -> float:
     """No baseline, ``c = 0``."""
     return 0.0
 
 
-def mean(a: Tensor, g: Tensor, visible: Tensor, running: Tensor | None = None) -> Tensor:
+def mean(a: Tensor, g: Tensor, visible: Tensor, memory: Tensor | None = None) -> Tensor:
     """``c``: the plain mean of ``g`` over the keys that the query sees, whatever it attends to."""
     return (g * visible).sum(-1, keepdim=True) / visible.sum(-1, keepdim=True)
 
 
-def running(a: Tensor, g: Tensor, visible: Tensor, running: Tensor | None = None) -> Tensor:
-    """``c``: a running mean of ``g`` per head, known before the backward pass begins."""
-    return running
+def remembered(a: Tensor, g: Tensor, visible: Tensor, memory: Tensor | None = None) -> Tensor:
+    """``c``: what the rule remembers, known before the backward pass begins."""
+    return memory
 
 
-def lateral(a: Tensor, g: Tensor, visible: Tensor, running: Tensor | None = None) -> Tensor:
+def lateral(a: Tensor, g: Tensor, visible: Tensor, memory: Tensor | None = None) -> Tensor:
     """``c = b = sum_j a_j g_j``, the lateral sum, which is ``dO . O`` (Dao et al. 2022): the exact baseline."""
     return (a * g).sum(-1, keepdim=True)
 
@@ -233,22 +247,50 @@ class BaselineRule:
     slope: bool  # True: m = 1 - a, the slope of a sigmoid; False: m = 1
     baseline: Callable[..., Tensor | float]
 
-    def __call__(self, a: Tensor, g: Tensor, visible: Tensor, running: Tensor | None = None) -> Tensor:
-        error = (g - self.baseline(a, g, visible, running)).mul_(a)
+    def __call__(self, a: Tensor, g: Tensor, visible: Tensor, memory: Tensor | None = None) -> Tensor:
+        error = (g - self.baseline(a, g, visible, memory)).mul_(a)
         return error.mul_(1 - a) if self.slope else error
 
 
-def ste(a: Tensor, g: Tensor, visible: Tensor, running: Tensor | None = None) -> Tensor:
+@dataclass(frozen=True)
+class RunningMeanRule(BaselineRule):
+    """``c``: the mean of ``g`` over batch and visible keys, per head (H, 1, 1), averaged over the steps before."""
+
+    baseline: Callable[..., Tensor | float] = remembered
+    decay: float = 0.9  # of the average, a training step
+
+    def start(self, config: LocalGPTConfig) -> Tensor:
+        return torch.zeros(config.n_head, 1, 1)
+
+    def learn(self, memory: Tensor, a: Tensor, g: Tensor, visible: Tensor) -> Tensor:
+        average = (g * visible).sum((0, 2, 3)) / (visible.sum() * len(g))
+        return memory.lerp(average.view_as(memory).to(memory.dtype), 1 - self.decay)
+
+
+def ste(a: Tensor, g: Tensor, visible: Tensor, memory: Tensor | None = None) -> Tensor:
     """Straight-through (Bengio et al. 2013), ``e = g`` on the keys that the query may see: the identity for ``J``."""
     return g * visible
 
 
-def none(a: Tensor, g: Tensor, visible: Tensor, running: Tensor | None = None) -> None:
+def none(a: Tensor, g: Tensor, visible: Tensor, memory: Tensor | None = None) -> None:
     """Nothing: ``W_q`` and ``W_k`` get no gradient at all and stay as they were drawn. The control."""
 
 
 full = BaselineRule(slope=False, baseline=lateral)
 diagonal = BaselineRule(slope=True, baseline=zero)
+
+
+def balanced_evenly(a: Tensor, g: Tensor, visible: Tensor, memory: Tensor | None = None) -> Tensor:
+    """``d`` less its row's mean over the visible keys: what ``diagonal`` becomes where the scores are centred."""
+    d = diagonal(a, g, visible)
+    return (d - d.sum(-1, keepdim=True) / visible.sum(-1, keepdim=True)) * visible
+
+
+def balanced_by_attention(a: Tensor, g: Tensor, visible: Tensor, memory: Tensor | None = None) -> Tensor:
+    """``d`` less its row's sum, shared out as attention is. So it is ``J (1 - a) g``, exact for another error."""
+    d = diagonal(a, g, visible)
+    return d - a * d.sum(-1, keepdim=True)
+
 
 SOFTMAX_BACKWARD: dict[str, Rule] = {
     "full": full,
@@ -257,12 +299,13 @@ SOFTMAX_BACKWARD: dict[str, Rule] = {
     "none": none,
     "zero": BaselineRule(slope=False, baseline=zero),
     "mean": BaselineRule(slope=False, baseline=mean),
-    "running": BaselineRule(slope=False, baseline=running),
+    "running": RunningMeanRule(slope=False),
     "diagonal_mean": BaselineRule(slope=True, baseline=mean),
-    "diagonal_running": BaselineRule(slope=True, baseline=running),
+    "diagonal_running": RunningMeanRule(slope=True),
     "diagonal_lateral": BaselineRule(slope=True, baseline=lateral),
+    "balanced_evenly": balanced_evenly,
+    "balanced_by_attention": balanced_by_attention,
 }
-RUNNING_MEAN_DECAY = 0.9  # of the running baseline, a training step
 
 
 def _sigmoid(scores: Tensor) -> Tensor:
@@ -288,20 +331,19 @@ class AttentionWeights(nn.Module):
         self.activation = ATTN_MODES[config.attn_mode]
         exact_sigmoid = config.attn_mode == "sigmoid" and config.softmax_backward == "full"
         self.rule = diagonal if exact_sigmoid else SOFTMAX_BACKWARD[config.softmax_backward]
-        if getattr(self.rule, "baseline", None) is running:
-            self.register_buffer("running_mean", torch.zeros(config.n_head, 1, 1))
+        if hasattr(self.rule, "start"):
+            self.register_buffer("memory", self.rule.start(config))
 
     def forward(self, scores: Tensor, visible: Tensor) -> Tensor:
         return _RuledWeights.apply(scores, visible, self)
 
     @torch.no_grad()
     def send_back(self, attn: Tensor, grad: Tensor, visible: Tensor) -> Tensor | None:
-        """dL/ds from dL/da. In training the running mean, where there is one, takes in this ``grad`` afterwards."""
-        known = getattr(self, "running_mean", None)
-        sent = self.rule(attn, grad, visible, known)
-        if known is not None and self.training:
-            average = (grad * visible).sum((0, 2, 3)) / (visible.sum() * len(grad))
-            known.lerp_(average.view_as(known).to(known.dtype), 1 - RUNNING_MEAN_DECAY)
+        """dL/ds from dL/da. In training the rule's memory, where it has one, takes in this ``grad`` afterwards."""
+        memory = getattr(self, "memory", None)
+        sent = self.rule(attn, grad, visible, memory)
+        if memory is not None and self.training:
+            memory.copy_(self.rule.learn(memory, attn, grad, visible))
         return sent
 
 
@@ -323,12 +365,44 @@ class _RuledWeights(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Norms: queries and keys (..., D) over their root mean square, x / rms(x), without a learnt gain. The exact backward
+# pass takes the radial part from dx, and for that forms x . dx: at a query q_i . dq_i = sum_j ds_ij s_ij, a sum over
+# keys that nobody else is told; at a key k_j . dk_j = sum_i ds_ij s_ij, a sum over queries.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.RMSNorm):
+    """``x / rms(x)`` over the last axis, and its exact backward pass (Zhang and Sennrich 2019)."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__(head_dim, eps=1e-6, elementwise_affine=False)
+
+
+class CutRMSNorm(RMSNorm):
+    """The same forwards; backwards the divisor counts as a constant, a gain control that no error passes through."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (x.detach().square().mean(-1, keepdim=True) + self.eps).rsqrt()
+
+
+QK_NORM: dict[str, tuple[Callable[[int], nn.Module], Callable[[int], nn.Module]]] = {  # of queries, of keys
+    "off": (nn.Identity, nn.Identity),
+    "exact": (RMSNorm, RMSNorm),
+    "cut": (CutRMSNorm, CutRMSNorm),
+    "cut_q": (CutRMSNorm, RMSNorm),
+    "cut_k": (RMSNorm, CutRMSNorm),
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The network
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention, ``O = A V`` with ``A = softmax(Q K^T / sqrt(D))``, written out so that A can be seen."""
+    """Multi-head attention, ``O = A V`` with ``A = softmax(Q K^T / sqrt(D))``, written out so that A can be seen.
+
+    Q and K are as ``qk_norm`` leaves them, and ``score_scale`` is one more factor on their product.
+    """
 
     def __init__(self, config: LocalGPTConfig) -> None:
         super().__init__()
@@ -339,6 +413,8 @@ class CausalSelfAttention(nn.Module):
         self.k_proj = linear(config.n_embd, config.n_embd, std)
         self.v_proj = linear(config.n_embd, config.n_embd, std)
         self.o_proj = linear(config.n_embd, config.n_embd, std)
+        self.q_norm, self.k_norm = (norm(self.head_dim) for norm in QK_NORM[config.qk_norm])
+        self.score_scale = config.score_scale * self.head_dim**-0.5
         self.attn_weights = AttentionWeights(config)
         self.resid_drop = nn.Dropout(config.dropout)
         # True where the query (row) may see the key (column), as in F.scaled_dot_product_attention
@@ -348,12 +424,12 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.shape
         heads = (B, T, self.n_head, self.head_dim)
-        q = self.q_proj(x).view(heads).transpose(1, 2).flatten(0, 1)  # (B*H, T, D)
-        k = self.k_proj(x).view(heads).transpose(1, 2).flatten(0, 1)  # (B*H, T, D)
+        q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2).flatten(0, 1)  # (B*H, T, D)
+        k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2).flatten(0, 1)  # (B*H, T, D)
         v = self.v_proj(x).view(heads).transpose(1, 2)  # (B, H, T, D)
         visible = self.causal_mask[:T, :T]
         mask = x.new_zeros(T, T).masked_fill(~visible, -math.inf)
-        scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=self.head_dim**-0.5)  # mask + Q K^T / sqrt(D)
+        scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=self.score_scale)  # mask + Q K^T / sqrt(D)
         attn = self.attn_weights(scores.view(B, self.n_head, T, T), visible)  # (B, H, T, T)
         o = (attn @ v).transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return self.resid_drop(self.o_proj(o))

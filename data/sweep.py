@@ -6,9 +6,9 @@
 
 Interrupt and call again at any moment: finished runs stay, the others are taken up again. Two calls at once share the
 work. A run that diverges or fails is a row that says so; delete the row to have it tried again. Rules that are compared
-must have been trained by one code: where the table has rows of a group (task, method, attention, steps) that are not by
-the code as it is now, nothing is added to this group; delete its rows to have all of it trained anew, or fill in
-another table (--results).
+must have been trained by one code: where the table has rows of a group (task, method, norms, optimizer, steps and the
+like) that are not by the code as it is now, nothing is added to this group; delete its rows to have all of it trained
+anew, or fill in another table (--results).
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ import csv
 import dataclasses
 import hashlib
 import io
+import math
 import os
 import platform
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import joblib
 import pandas as pd
@@ -38,12 +40,15 @@ from tqdm import tqdm
 
 from helpers import (
     COLUMNS,
-    FIRST_TUNING_SEED,
     GROUP,
     KEY,
-    REGISTRIES,
+    MAKERS,
+    OUTCOMES,
     RESULTS,
+    SOLVED,
     TASKS,
+    TUNING_SEEDS,
+    RecallTask,
     Settings,
     best_settings,
     load_corpus,
@@ -62,59 +67,106 @@ Cell = dataclasses.make_dataclass("Cell", KEY.items(), frozen=True)
 # ---- the plan ------------------------------------------------------------------------------------------------------
 
 
+class Seeds(NamedTuple):
+    """Which seeds choose the learning rate, and which are tests: at the rate of ``full``, and a few at other rates."""
+
+    tuning: tuple[int, ...]
+    tests: tuple[int, ...]
+    few: int
+
+
+SEEDS = {
+    "recall": Seeds(tuple(range(100, 104)), tuple(range(200, 224)), 8),
+    "shakespeare": Seeds(tuple(range(100, 102)), tuple(range(200, 208)), 5),
+}
+
+
 @dataclass(frozen=True)
 class Plan:
-    """Which runs are wanted. ``groups`` are (task, method, softmax_backward, attn_mode, steps).
+    """Which runs are wanted. ``rules`` are cells of which all is given but feedback scale, learning rate and seed.
 
-    Every group has the same grid of learning rates, ``lrs``, tried on seeds of their own; where the best lies at an end
-    of it, the next one of ``more_lrs`` beyond. The best by mean validation loss is then run on the test seeds. So is
-    the scale of random feedback, chosen for the exact softmax and used for every rule.
+    Every rule has the same grid of learning rates, ``lrs``, tried on seeds of their own; where the best lies at an end
+    of it, the next one of ``more_lrs`` beyond. So is the scale of random feedback, chosen for the exact softmax and
+    used for every rule. Test seeds then run each rule at the best rate of ``full`` in its ``GROUP``, which decides, and
+    a few of them at its own best rate; ``full`` and ``none`` also at the best rate of every rule that they are compared
+    with. Where the first few at the rate of ``full`` are runs of a task that can be solved and none has solved it, the
+    others are not run: eight of eight unsolved put the share solved below one half.
 
-    >>> plan = Plan((("recall", "bp", "full", "softmax", 10),), (1e-3, 3e-3), (1e-4, 1e-2), (1.0,), (100,), (0, 1))
-    >>> def wanted(**losses):
-    ...     done = [Cell("recall", "bp", "full", "softmax", 1.0, float(lr), 10, 100) for lr in losses]
-    ...     results = pd.DataFrame(done, columns=[*KEY]).astype(KEY).assign(status="ok", val_loss=list(losses.values()))
-    ...     return [(cell.lr, cell.seed) for cell in plan.wanted(results) if cell not in done]
-    >>> wanted(), wanted(**{"1e-3": 2.0, "3e-3": 3.0}), wanted(**{"1e-3": 3.0, "3e-3": 2.0})
-    ([(0.001, 100), (0.003, 100)], [(0.0001, 100)], [(0.01, 100)])
-    >>> wanted(**{"1e-3": 2.0, "3e-3": 3.0, "1e-4": 3.0})
-    [(0.001, 0), (0.001, 1)]
+    >>> full = Cell("shakespeare", "bp", "full", "softmax", "off", 1.0, "adamw", 1.0, 0.0, 10, 0)
+    >>> rules = full, dataclasses.replace(full, softmax_backward="zero")
+    >>> plan = Plan(rules, (1e-3, 3e-3), (1e-4, 1e-2), (1.0,), {"shakespeare": Seeds((100,), (200, 201), 1)})
+    >>> def wanted(*losses):
+    ...     done = [dataclasses.replace(rules[rule], lr=lr, seed=100) for rule, lr, _ in losses]
+    ...     results = pd.DataFrame(done, columns=[*KEY]).astype(KEY).assign(status="ok", accuracy=float("nan"))
+    ...     results["val_loss"] = [loss for _, _, loss in losses]
+    ...     cells = [cell for cell in plan.wanted(results) if cell not in done]
+    ...     return [(cell.softmax_backward, cell.lr, cell.seed) for cell in cells if cell.softmax_backward == "full"]
+    >>> wanted(), wanted((0, 1e-3, 2.0), (0, 3e-3, 3.0)), wanted((0, 1e-3, 3.0), (0, 3e-3, 2.0))
+    ([('full', 0.001, 100), ('full', 0.003, 100)], [('full', 0.0001, 100)], [('full', 0.01, 100)])
+    >>> done = (0, 1e-3, 2.0), (0, 3e-3, 3.0), (0, 1e-4, 3.0)
+    >>> wanted(*done), wanted(*done, (1, 1e-3, 3.0), (1, 3e-3, 2.0), (1, 1e-2, 4.0))
+    ([('full', 0.001, 200), ('full', 0.001, 201)], [('full', 0.001, 200), ('full', 0.001, 201), ('full', 0.003, 200)])
     """
 
-    groups: tuple[tuple[str, str, str, str, int], ...]
+    rules: tuple[Cell, ...]
     lrs: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
     more_lrs: tuple[float, ...] = (1e-5, 1e-2)
     scales: tuple[float, ...] = (0.5, 1.0, 2.0)
-    tuning_seeds: tuple[int, ...] = (100, 101)
-    test_seeds: tuple[int, ...] = tuple(range(5))
+    seeds: Mapping[str, Seeds] = field(default_factory=lambda: SEEDS)
 
     def __post_init__(self) -> None:
-        if not (self.lrs and self.scales and self.tuning_seeds and self.test_seeds):
+        if not (self.lrs and self.scales and all(seeds.tuning and seeds.tests for seeds in self.seeds.values())):
             raise ValueError(f"{self} has an empty grid or no seeds")
-        if not max(self.test_seeds) < FIRST_TUNING_SEED <= min(self.tuning_seeds):
-            raise ValueError(f"tuning seeds start at {FIRST_TUNING_SEED} and test seeds end below: {self}")
+        for seeds in self.seeds.values():
+            if not set(seeds.tuning) <= set(TUNING_SEEDS) or set(seeds.tests) & set(TUNING_SEEDS):
+                raise ValueError(f"seeds that tune are those of {TUNING_SEEDS}, and no test is: {seeds}")
 
     def wanted(self, results: pd.DataFrame, guess: bool = False) -> list[Cell]:
         """The cells that can be named by now: test runs only once the tuning runs before them are there.
 
-        To ``guess`` is to name the others too, with any setting in place of the best: as many as there will be, or
-        a few less, since which rates will be tried beyond ``lrs`` is not known before.
+        To ``guess`` is to name the others too, with any setting in place of the best: about as many as there will be,
+        since which rates will be tried beyond ``lrs``, and which tests will not be needed, is not known before.
         """
         cells: list[Cell] = []
-        for task, method, rule, attn_mode, steps in self.groups:
-            cell = Cell(task, method, rule, attn_mode, 1.0, 0, steps, 0)
-            if method == "fa":
-                exact, best = self._tune(dataclasses.replace(cell, softmax_backward="full"), self.scales, results)
+        best: dict[Cell, Settings] = {}  # by rule, for those that are tuned
+        for rule in self.rules:
+            scales = (1.0,)
+            if rule.method == "fa":
+                exact, settings = self._tune(dataclasses.replace(rule, softmax_backward="full"), self.scales, results)
                 cells += exact
-                if not best and not guess:
+                if not settings and not guess:
                     continue
-                cell = dataclasses.replace(cell, feedback_scale=best.feedback_scale if best else self.scales[0])
-            tuning, best = self._tune(cell, (cell.feedback_scale,), results)
+                scales = (settings.feedback_scale if settings else self.scales[0],)
+            tuning, settings = self._tune(rule, scales, results)
             cells += tuning
-            if best or guess:
-                lr = best.lr if best else self.lrs[0]
-                cells += [dataclasses.replace(cell, lr=lr, seed=seed) for seed in self.test_seeds]
+            if settings or guess:
+                best[rule] = settings or Settings(scales[0], self.lrs[0], math.nan)
+        for rule in best:
+            few = self.seeds[rule.task].tests[: self.seeds[rule.task].few]
+            rates = {best[rule].lr: few}
+            for other in best:  # those that this rule is compared with
+                if rule in (reference(other, "full"), reference(other, "none")):
+                    rates[best[other].lr] = few
+            if full := best.get(reference(rule, "full")):
+                rates[full.lr] = self._deciding(rule, full, results)
+            cells += [
+                dataclasses.replace(rule, feedback_scale=best[rule].feedback_scale, lr=lr, seed=seed)
+                for lr, seeds in rates.items()
+                for seed in seeds
+            ]
         return list(dict.fromkeys(cells))
+
+    def _deciding(self, rule: Cell, full: Settings, results: pd.DataFrame) -> tuple[int, ...]:
+        """The test seeds of a rule at the rate of ``full``: a few, and all unless these few have settled it."""
+        seeds = self.seeds[rule.task]
+        cells = [
+            dataclasses.replace(rule, feedback_scale=full.feedback_scale, lr=full.lr, seed=seed)
+            for seed in seeds.tests[: seeds.few]
+        ]
+        first = pd.DataFrame(cells).merge(results, on=list(KEY), how="left")
+        can_be_solved = isinstance(TASKS[rule.task]["data"], RecallTask)
+        over = can_be_solved and first["val_loss"].notna().all() and not (first["accuracy"] >= SOLVED).any()
+        return seeds.tests[: seeds.few] if over else seeds.tests
 
     def _tune(self, cell: Cell, scales: Iterable[float], results: pd.DataFrame) -> tuple[list[Cell], Settings | None]:
         """The tuning cells to run, and the best settings once they are all there; until then None."""
@@ -124,7 +176,7 @@ class Plan:
                 dataclasses.replace(cell, feedback_scale=scale, lr=lr, seed=seed)
                 for scale in scales
                 for lr in lrs
-                for seed in self.tuning_seeds
+                for seed in self.seeds[cell.task].tuning
             ]
             rows = pd.DataFrame(cells).merge(results, on=list(KEY), how="left")
             if rows["val_loss"].isna().any():  # not there yet, or failed: then no choice can be made
@@ -138,27 +190,33 @@ class Plan:
                 return cells, best
 
 
-CORE = ("full", "none", "diagonal", "ste")
-SURROGATES = ("zero", "mean", "running", "diagonal_mean", "diagonal_running", "diagonal_lateral")
+def reference(rule: Cell, name: str) -> Cell:
+    """The ``full`` or the ``none`` that a rule is compared with: under the same setting, with one exception.
+
+    Where no gradient arrives at Q and K, none goes through their norms: whether these are cut makes no difference to
+    ``none``, which is therefore run under the exact ones alone.
+    """
+    qk_norm = "exact" if name == "none" and rule.qk_norm != "off" else rule.qk_norm
+    return dataclasses.replace(rule, softmax_backward=name, qk_norm=qk_norm)
 
 
-def _groups(task: str, methods: Iterable[str], rules: Iterable[str], attn_mode: str = "softmax", steps: int = 0):
-    return tuple((task, m, rule, attn_mode, steps or TASKS[task]["steps"]) for m in methods for rule in rules)
+def _rules(task: str, rules: Iterable[str], method: str = "bp", **changes) -> tuple[Cell, ...]:
+    """The cells of a group of rules, in the report's setting but for what is said to be different."""
+    settings = {"task": task, "method": method, "attn_mode": "softmax", "qk_norm": "off", "score_scale": 1.0}
+    settings |= {"optimizer": "adamw", "feedback_scale": 1.0, "lr": 0.0, "steps": TASKS[task]["steps"], "seed": 0}
+    cells = (Cell(softmax_backward=rule, **settings | changes) for rule in rules)
+    return tuple(reference(cell, "none") if cell.softmax_backward == "none" else cell for cell in cells)
 
 
-# first what the verdict needs, then what goes beyond it
-TIERS = {
-    "core": _groups("shakespeare", ("bp", "fa"), CORE) + _groups("recall", ("bp", "fa"), CORE),
-    "surrogates": _groups("shakespeare", ("bp",), SURROGATES) + _groups("recall", ("bp",), SURROGATES),
-    "long": _groups("shakespeare", ("bp", "fa"), CORE, steps=2000),
-    "methods": _groups("shakespeare", ("sign_sym", "dfa"), CORE) + _groups("recall", ("sign_sym", "dfa"), CORE),
-    "sigmoid": _groups("shakespeare", ("bp",), ("full", "none"), "sigmoid")
-    + _groups("recall", ("bp",), ("full", "none"), "sigmoid"),
+DECIDING = ("full", "none", "diagonal", "zero")
+ARMS = ("exact", "off", "cut", "cut_k", "cut_q")
+
+# one after the other: first what decides
+PLANS = {
+    f"{task}-{arm}": Plan(_rules(task, DECIDING, qk_norm=arm)) for task in ("recall", "shakespeare") for arm in ARMS
 }
-PLANS = {name: Plan(groups) for name, groups in TIERS.items()}
-PLANS["full"] = Plan(sum(TIERS.values(), ()))
-TRIAL = _groups("recall", ("bp",), ("full", "none"), steps=20)
-PLANS["small"] = Plan(TRIAL, lrs=(1e-3,), more_lrs=(), tuning_seeds=(100,), test_seeds=(0, 1, 2))
+TRIAL = {"recall": Seeds((100,), (200, 201, 202), 3)}
+SMALL = Plan(_rules("recall", ("full", "none"), steps=20), lrs=(1e-3,), more_lrs=(), seeds=TRIAL)
 
 # ---- one run -------------------------------------------------------------------------------------------------------
 
@@ -211,11 +269,12 @@ def _run(cell: Cell, device: str) -> dict:
             task["batch_size"],
             cell.seed,
             data,
-            eval_every=max(1, cell.steps // 10),
+            eval_every=min(cell.steps, task["eval_every"]),
             measure=symptoms,
             device=device,
             directory=None,
             progress=False,
+            optimizer=cell.optimizer,
         )
     except FloatingPointError:
         row["status"] = "diverged"
@@ -224,11 +283,12 @@ def _run(cell: Cell, device: str) -> dict:
         traceback.print_exc()
     else:
         at_end = {metric: done.series(metric) for metric in done.history["metric"].unique()}
-        row |= {metric: at_end[metric].iloc[-1] for metric in COLUMNS if metric in at_end}
-        for cosine in ("cos_scores", "cos_q", "cos_k", "row_sum"):  # over training, not its last moment
-            if cosine in at_end:
-                row[cosine] = at_end[cosine].mean()
-        row["curve"] = " ".join(f"{loss:.4f}" for loss in at_end["val_loss"])
+        row |= {metric: at_end[metric].iloc[-1] for metric in OUTCOMES if metric in at_end}
+        for name in ("cos_scores", "cos_q", "cos_k", "row_sum", "radial_q", "radial_k"):
+            if name in at_end:  # over training, not its last moment
+                row[name] = at_end[name].mean()
+        for name, metric in (("losses", "val_loss"), ("accuracies", "accuracy")):
+            row[name] = " ".join(f"{value:.4f}" for value in at_end.get(metric, ()))
         row["status"] = "ok"
     row["seconds"] = round(time.perf_counter() - start, 1)
     return row
@@ -242,7 +302,7 @@ def cells_of(table: pd.DataFrame) -> set[Cell]:
 
 
 def code_of(cell: Cell) -> str:
-    return row_code(cell.task, **{name: getattr(cell, name) for name in REGISTRIES})
+    return row_code(**{name: getattr(cell, name) for name in MAKERS})
 
 
 def group_of(cell: Cell) -> tuple:
@@ -264,7 +324,7 @@ def append(row: dict, results: Path) -> None:
         save_atomically(results, lambda file: file.write(f"{text}{line.getvalue()}".encode()))
 
 
-def sweep(plan: Plan, results: Path = RESULTS, jobs: int = -1, device: str = "cpu") -> None:
+def sweep(plan: Plan, results: Path = RESULTS, jobs: int = -1, device: str = "cpu", name: str = "sweep") -> None:
     """Run what is missing, stage by stage (tuning, then tests), through joblib's back end of the moment."""
     results = results.resolve()  # a worker may be elsewhere
     results.parent.mkdir(parents=True, exist_ok=True)
@@ -279,7 +339,7 @@ def sweep(plan: Plan, results: Path = RESULTS, jobs: int = -1, device: str = "cp
         return [cell for cell in plan.wanted(table, guess) if group_of(cell) not in others]
 
     deaths, start = 0, len(cells_of(table).intersection(wanted(table, guess=True)))
-    with tqdm(desc="sweep", unit="run", smoothing=0, initial=start) as bar:
+    with tqdm(desc=name, unit="run", smoothing=0, initial=start) as bar:
         while True:
             table = load_results(results)
             done, everything = cells_of(table), wanted(table, guess=True)
@@ -308,7 +368,7 @@ def sweep(plan: Plan, results: Path = RESULTS, jobs: int = -1, device: str = "cp
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plan", choices=PLANS, default="full")
+    parser.add_argument("--plan", choices=["all", *PLANS, "small"], default="all")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the table to fill in")
     parser.add_argument("--jobs", type=int, default=-1, help="runs side by side (default: one a core)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -322,7 +382,9 @@ def main() -> None:
         where = joblib.parallel_config(backend="dask")
     try:
         with where:
-            sweep(PLANS[args.plan], args.results, args.jobs, args.device)
+            for name, plan in (PLANS | {"small": SMALL}).items():
+                if args.plan == name or (args.plan == "all" and name in PLANS):
+                    sweep(plan, args.results, args.jobs, args.device, name)
     except KeyboardInterrupt:
         sys.exit("interrupted: finished runs are in the table, call again to go on")
     table = load_results(args.results)
