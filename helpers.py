@@ -46,6 +46,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize, SymLogNorm
 from matplotlib_inline.config import InlineBackend
+from scipy.stats import binomtest
 from scipy.stats import t as student_t
 from torch import Tensor
 from torch.nn import functional as F
@@ -1261,42 +1262,192 @@ def best_settings(tuning: pd.DataFrame) -> Settings:
     return Settings(*map(float, best.name), float(best["loss"]))
 
 
-def harm_table(results: pd.DataFrame) -> pd.DataFrame:
-    """One row a rule within its ``GROUP``: seeds, learning rate, loss, harm, verdict and symptoms.
+def shared_control(qk_norm: str) -> str:
+    """The setting whose ``none`` is also that of ``qk_norm``.
 
-    Each rule is judged by its test seeds at the learning rate that its tuning seeds chose (and the feedback scale that
-    those of ``full`` chose). Losses and symptoms are means over the test seeds (``loss_sd``: standard deviation), harm
-    comes with its interval. The verdict is ``missing`` where the test seeds of the rule, of ``full`` or of ``none`` are
-    not all there, or a run failed. Raises ValueError on what ``check_results`` refuses.
+    Where no gradient arrives at Q and K none goes through their norms, and it makes no difference if these are cut.
     """
-    rows = []
-    for group, runs in check_results(results).groupby(GROUP, sort=False):
+    return "off" if qk_norm == "off" else "exact"
+
+
+class Judged(NamedTuple):
+    """The test runs that a rule is judged by, indexed by seed, and those of ``full`` and ``none`` beside them."""
+
+    group: dict[str, object]  # by the names of GROUP
+    rule: str
+    feedback_scale: float
+    lr: float
+    tried: pd.Series  # the learning rates of tuning
+    runs: pd.DataFrame
+    full: pd.DataFrame
+    none: pd.DataFrame
+
+    def losses(self) -> list[pd.Series] | None:
+        """Validation losses of rule, ``full`` and ``none`` on the seeds that all three have; None without two such."""
+        parts = self.runs, self.full, self.none
+        seeds = functools.reduce(pd.Index.intersection, (part.index for part in parts))
+        losses = [part["val_loss"][seeds] for part in parts]
+        return None if len(seeds) < 2 or pd.concat(losses).isna().any() else losses
+
+    @property
+    def solved(self) -> tuple[int, int, int, int]:
+        """Runs that solved their task and runs: of the rule, then of ``full``."""
+        counts = (((part["accuracy"] >= SOLVED).sum(), len(part)) for part in (self.runs, self.full))
+        return tuple(int(count) for pair in counts for count in pair)
+
+
+def judged(results: pd.DataFrame, at: str = "own") -> Iterator[Judged]:
+    """Every rule of every ``GROUP`` by its test runs, at the learning rate that tuning seeds chose.
+
+    ``at`` says whose rate is used: the rule, ``full`` and ``none`` each at their ``own``, all three at that of
+    ``full``, or all three at that of the ``rule``. The feedback scale is everywhere that which ``full`` chose.
+    """
+    if at not in ("own", "full", "rule"):
+        raise ValueError(f"at={at!r} is not whose learning rate is used: choose 'own', 'full' or 'rule'")
+    for values, runs in check_results(results).groupby(GROUP, sort=False):
+        group = dict(zip(GROUP, values, strict=True))
+        if (control := shared_control(group["qk_norm"])) != group["qk_norm"]:
+            shared = group | {"qk_norm": control, "softmax_backward": "none"}
+            runs = pd.concat([runs, results[(results[[*shared]] == pd.Series(shared)).all(axis=1)]])
         chose = runs["seed"].isin(TUNING_SEEDS)
         tuning, tests = runs[chose], runs[~chose]
         scale = best_settings(tuning[tuning["softmax_backward"] == "full"]).feedback_scale
         if not math.isnan(scale):
             tuning = tuning[tuning["feedback_scale"] == scale]
-        by_rule = tuning.groupby("softmax_backward", sort=False)
-        lrs = {rule: best_settings(tried).lr for rule, tried in by_rule}
-        tests = tests[(tests["feedback_scale"] == scale) & (tests["lr"] == tests["softmax_backward"].map(lrs))]
-        tests = {rule: tests[tests["softmax_backward"] == rule].set_index("seed").sort_index() for rule in lrs}
-        for rule, tried in by_rule:
-            part, references = tests[rule], [tests.get(name) for name in ("full", "none")]
-            # losses are compared seed by seed
-            complete = all(other is not None and other.index.equals(part.index) for other in references)
-            result = Harm(math.nan, math.nan, math.nan, "missing")
-            if complete and len(part) > 1 and not any(p["val_loss"].isna().any() for p in (part, *references)):
-                result = harm(part["val_loss"], *(other["val_loss"] for other in references))
-                if rule in ("full", "none") and result.verdict != "undecided":
-                    result = result._replace(verdict="reference")
-            row = dict(zip(GROUP, group, strict=True)) | {"rule": rule, "seeds": len(part)}
-            row |= {"feedback_scale": scale, "lr": lrs[rule]}
-            ends = tried["lr"].min(), tried["lr"].max()
-            row |= {"lr_tried": "{:g} to {:g}".format(*ends), "lr_at_end": lrs[rule] in ends}
-            with np.errstate(invalid="ignore"):  # a diverged run's loss is inf, and has no deviation
-                row |= {"loss": part["val_loss"].mean(), "loss_sd": part["val_loss"].std(), **result._asdict()}
-            rows.append(row | part[["accuracy", *SYMPTOMS]].mean().to_dict())
+        tried = dict(iter(tuning.groupby("softmax_backward", sort=False)))
+        best = {rule: best_settings(tried[rule]).lr for rule in tried}
+        for rule in tried:
+            lrs = best if at == "own" else dict.fromkeys([rule, "full", "none"], best.get(rule if at == "rule" else at))
+            parts = []
+            for name in (rule, "full", "none"):
+                wanted = (tests["softmax_backward"] == name) & (tests["feedback_scale"] == scale)
+                parts.append(tests[wanted & (tests["lr"] == lrs.get(name))].set_index("seed").sort_index())
+            yield Judged(group, rule, scale, lrs[rule], tried[rule]["lr"], *parts)
+
+
+def harm_table(results: pd.DataFrame, at: str = "own") -> pd.DataFrame:
+    """One row a rule within its ``GROUP``: seeds, learning rate, loss, harm, verdict and symptoms, see ``judged``.
+
+    Losses and symptoms are means over the rule's test seeds (``loss_sd``: standard deviation), ``solved`` is how many
+    of them solved the task, harm comes with its interval, over the seeds that ``full`` and ``none`` have too. The
+    verdict is ``missing`` where there are no two such seeds, or a run failed.
+    """
+    rows = []
+    for case in judged(results, at):
+        result = Harm(math.nan, math.nan, math.nan, "missing")
+        if losses := case.losses():
+            result = harm(*losses)
+            if case.rule in ("full", "none") and result.verdict != "undecided":
+                result = result._replace(verdict="reference")
+        row = case.group | {"rule": case.rule, "seeds": len(case.runs)}
+        row |= {"feedback_scale": case.feedback_scale, "lr": case.lr}
+        ends = case.tried.min(), case.tried.max()
+        row |= {"lr_tried": "{:g} to {:g}".format(*ends), "lr_at_end": case.lr in ends}
+        loss = case.runs["val_loss"]
+        with np.errstate(invalid="ignore"):  # a diverged run's loss is inf, and has no deviation
+            row |= {"loss": loss.mean(), "loss_sd": loss.std(), "solved": case.solved[0], **result._asdict()}
+        rows.append(row | case.runs[["accuracy", *SYMPTOMS]].mean().to_dict())
     return pd.DataFrame(rows)
+
+
+def share_interval(solved: int, runs: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's (1927) interval for a share, the score interval: it keeps its level also near 0 and 1.
+
+    >>> [round(end, 3) for end in share_interval(24, 24)]
+    [0.862, 1.0]
+    """
+    return tuple(map(float, binomtest(solved, runs).proportion_ci(confidence, method="wilson")))
+
+
+def share_difference(
+    solved: int, runs: int, other_solved: int, other_runs: int, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Newcombe's (1998, method 10) interval for the first share less the second, from Wilson's for each.
+
+    >>> [round(end, 3) for end in share_difference(56, 70, 48, 80)]
+    [0.052, 0.334]
+    """
+    p, q = solved / runs, other_solved / other_runs
+    p_low, p_high = share_interval(solved, runs, confidence)
+    q_low, q_high = share_interval(other_solved, other_runs, confidence)
+    return p - q - math.hypot(p - p_low, q_high - q), p - q + math.hypot(p_high - p, q - q_low)
+
+
+MOST, BEHIND = 0.5, -0.25  # bounds on the share solved, and on how far it may be behind full's; fixed before the runs
+
+
+def mending(results: pd.DataFrame) -> pd.DataFrame:
+    """Which rules a setting mends, by the protocol of notebook 08: one row a rule within its setting.
+
+    All are judged at the rate of ``full``. A rule is *mended* if the interval of its share of recall solved lies above
+    ``MOST``, that of the difference from the share of ``full`` above ``BEHIND``, and that of its harm on Shakespeare
+    ends at or below ``TOLERABLE``; *not mended* if one of the three lies wholly on the other side; else *undetermined*;
+    *missing* where there are no runs. ``recall`` is this verdict without the harm, ``both`` with it. Intervals are of
+    95 %; the verdicts hold for all rules of a setting together, by Holm's (1979) method, see ``_level``.
+    """
+    setting = [name for name in GROUP if name not in ("task", "steps")]
+    cases: dict[tuple, dict[str, Judged]] = {}
+    for case in judged(results, at="full"):
+        if case.rule not in ("full", "none") and case.group["steps"] == TASKS[case.group["task"]]["steps"]:
+            key = *(case.group[name] for name in setting), case.rule
+            cases.setdefault(key, {})[case.group["task"]] = case
+    rows = []
+    for key, tasks in cases.items():
+        row = dict(zip([*setting, "rule"], key, strict=True))
+        recall, losses = tasks.get("recall"), tasks["shakespeare"].losses() if "shakespeare" in tasks else None
+        known = recall is not None and len(recall.runs) and len(recall.full)
+        if known:
+            row |= dict(zip(("solved", "seeds", "full_solved", "full_seeds"), recall.solved, strict=True))
+            row["low"], row["high"] = share_interval(*recall.solved[:2])
+            row["behind_low"], row["behind_high"] = share_difference(*recall.solved)
+        if losses:
+            row |= {"harm": harm(*losses).harm, "harm_low": harm(*losses).low, "harm_high": harm(*losses).high}
+        row |= {"recall": "missing", "level_recall": 1.0, "both": "missing", "level_both": 1.0}
+        if known:
+            row["recall"], row["level_recall"] = _level(recall.solved, None)
+        if known and losses:
+            row["both"], row["level_both"] = _level(recall.solved, losses)
+        rows.append(row)
+    table = pd.DataFrame(rows)
+    for verdict in ("recall", "both"):
+        held = table.groupby(setting, sort=False)[f"level_{verdict}"].transform(_holm)
+        table[verdict] = table[verdict].where(held | (table[verdict] == "missing"), "undetermined")
+    return table
+
+
+def _level(solved: tuple[int, int, int, int], losses: list[pd.Series] | None) -> tuple[str, float]:
+    """Mended or not mended, and the smallest error level at which the intervals say so; undetermined at 1.
+
+    One of three ways to be not mended is enough, so each has a third of the level; to be mended takes all three.
+    """
+
+    def decided(level: float) -> str:
+        for verdict, confidence in (("mended", 1 - level), ("not mended", 1 - level / 3)):
+            share, behind = share_interval(*solved[:2], confidence), share_difference(*solved, confidence)
+            cost = harm(*losses, confidence) if losses else None
+            ends = [(share[0] - MOST, share[1] - MOST), (behind[0] - BEHIND, behind[1] - BEHIND)]
+            ends += [(TOLERABLE - cost.high, TOLERABLE - cost.low)] if cost else []
+            if verdict == "mended" and all(low >= 0 for low, _ in ends):
+                return verdict
+            if verdict == "not mended" and any(high < 0 for _, high in ends):
+                return verdict
+        return "undetermined"
+
+    low, high = math.log(1e-12), math.log(0.05)
+    verdict = decided(math.exp(high))
+    if verdict == "undetermined":
+        return verdict, 1.0
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        low, high = (low, middle) if decided(math.exp(middle)) == verdict else (middle, high)
+    return verdict, math.exp(high)
+
+
+def _holm(levels: pd.Series) -> pd.Series:
+    """Which of several verdicts hold together at the level 0.05: the smallest against 0.05 / n, the next / (n - 1)."""
+    order = levels.sort_values()
+    holds = order <= 0.05 / np.arange(len(order), 0, -1)
+    return holds.cummin().reindex(levels.index)
 
 
 # A number as prose has it: 0.43, -0.22, 1,003,854, 10^{-3}, 3\cdot10^{-5}; not 1/4, H100 or x_1.
@@ -1438,7 +1589,9 @@ def plot_harm(table: pd.DataFrame) -> np.ndarray:
     colors = {"tolerable": COLORS["sign_sym"], "costly": "#9A6700", "catastrophic": COLORS["offdiag"]}
     colors["undetermined"] = "#777777"
     markers = {"tolerable": "o", "costly": "s", "catastrophic": "X", "undetermined": "D"}  # not by colour alone
-    for ax, ((task, method, attn_mode, steps), part) in zip(axes, groups, strict=True):
+    usual = LocalGPTConfig()
+    for ax, (values, part) in zip(axes, groups, strict=True):
+        group = dict(zip(GROUP, values, strict=True))
         part = part.sort_values("harm", ascending=False)
         for position, row in enumerate(part.itertuples()):
             style = {"color": colors[row.verdict]}
@@ -1458,8 +1611,12 @@ def plot_harm(table: pd.DataFrame) -> np.ndarray:
         ax.axvline(0, color="0.8", linewidth=1, zorder=0)
         ax.set_yticks(range(len(part)), part["rule"])
         ax.set_ylim(-0.6, len(part) - 0.4)
-        sigmoid = "sigmoid attention, " if attn_mode == "sigmoid" else ""
-        ax.set_title(f"{task}, {method}, {sigmoid}{steps:,} steps", fontsize="small")
+        words = [group["task"], group["method"]]
+        words += [f"{group['attn_mode']} attention"] * (group["attn_mode"] != usual.attn_mode)
+        words += [f"qk_norm {group['qk_norm']}"] * (group["qk_norm"] != usual.qk_norm)
+        words += [f"scores times {group['score_scale']:g}"] * (group["score_scale"] != usual.score_scale)
+        words += [group["optimizer"]] * (group["optimizer"] != "adamw")
+        ax.set_title(f"{', '.join(words)}, {group['steps']:,} steps", fontsize="small")
     axes[-1].margins(x=0.2)
     axes[-1].set_xlabel("harm (0: full, 1: Q and K never trained)")
     return axes

@@ -56,6 +56,7 @@ from helpers import (
     made_by,
     row_code,
     save_atomically,
+    shared_control,
     symptoms,
     train,
 )
@@ -191,12 +192,8 @@ class Plan:
 
 
 def reference(rule: Cell, name: str) -> Cell:
-    """The ``full`` or the ``none`` that a rule is compared with: under the same setting, with one exception.
-
-    Where no gradient arrives at Q and K, none goes through their norms: whether these are cut makes no difference to
-    ``none``, which is therefore run under the exact ones alone.
-    """
-    qk_norm = "exact" if name == "none" and rule.qk_norm != "off" else rule.qk_norm
+    """The ``full`` or ``none`` that a rule is compared with: of the same setting, see also ``shared_control``."""
+    qk_norm = shared_control(rule.qk_norm) if name == "none" else rule.qk_norm
     return dataclasses.replace(rule, softmax_backward=name, qk_norm=qk_norm)
 
 
