@@ -567,8 +567,78 @@ def sgd(model: LocalGPT, lr: float, steps: int) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
 
 
+def _queries_and_keys(model: LocalGPT) -> list[torch.nn.Parameter]:
+    """All W_q and W_k."""
+    return [p for name, p in model.named_parameters() if name.endswith(("q_proj.weight", "k_proj.weight"))]
+
+
+def adamw_for_qk(
+    model: LocalGPT, lr: float, steps: int, factor: float = 1.0, decay: float = 0.01
+) -> torch.optim.Optimizer:
+    """AdamW by which W_q and W_k have a rate of their own, ``factor * lr``, and a weight decay of their own."""
+    qk = _queries_and_keys(model)
+    others = [p for p in model.parameters() if not any(p is own for own in qk)]
+    return torch.optim.AdamW(
+        [{"params": others}, {"params": qk, "lr": factor * lr, "weight_decay": decay}], lr, fused=True
+    )
+
+
+def adamw_held(model: LocalGPT, lr: float, steps: int, pull: float) -> torch.optim.Optimizer:
+    """AdamW, and after each step every W_q and W_k is pulled towards the Frobenius norm it began with.
+
+    ``pull`` is the share of the way, of the logarithm, in (0, 1]: 1 holds the norm, less is a slow control of it.
+    """
+    optimizer, qk = adamw(model, lr, steps), _queries_and_keys(model)
+    norms = [weight.norm().item() for weight in qk]
+
+    @torch.no_grad()
+    def hold(*_) -> None:
+        for weight, norm in zip(qk, norms, strict=True):
+            weight.mul_((norm / weight.norm()) ** pull)
+
+    optimizer.register_step_post_hook(hold)
+    return optimizer
+
+
+def adamw_clipped(model: LocalGPT, lr: float, steps: int) -> torch.optim.Optimizer:
+    """AdamW on gradients whose norm, over all weights together, is at most 1."""
+    optimizer = adamw(model, lr, steps)
+
+    def clip(*_) -> None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
+    optimizer.register_step_pre_hook(clip)
+    return optimizer
+
+
+def adamw_scheduled(model: LocalGPT, lr: float, steps: int) -> torch.optim.Optimizer:
+    """AdamW whose rate rises to ``lr`` over the first tenth of ``steps``, then falls to a tenth of it as a cosine."""
+    optimizer, warm = adamw(model, lr, steps), max(1, steps // 10)
+
+    def schedule(optimizer: torch.optim.Optimizer, *_) -> None:
+        for group in optimizer.param_groups:
+            taken = group.get("taken", 0)
+            done = max(0.0, (taken - warm) / max(1, steps - warm))
+            group["lr"] = lr * min((taken + 1) / warm, 0.55 + 0.45 * math.cos(math.pi * min(1.0, done)))
+            group["taken"] = taken + 1  # in the optimizer's state, for a run that is taken up again
+
+    optimizer.register_step_pre_hook(schedule)
+    return optimizer
+
+
 # how the gradients change the weights: a function of the model, the learning rate and the number of steps
-OPTIMIZERS: dict[str, Callable[[LocalGPT, float, int], torch.optim.Optimizer]] = {"adamw": adamw, "sgd": sgd}
+OPTIMIZERS: dict[str, Callable[[LocalGPT, float, int], torch.optim.Optimizer]] = {
+    "adamw": adamw,
+    "sgd": sgd,
+    "qk_rate_0.3": functools.partial(adamw_for_qk, factor=0.3),
+    "qk_rate_0.1": functools.partial(adamw_for_qk, factor=0.1),
+    "qk_rate_0.03": functools.partial(adamw_for_qk, factor=0.03),
+    "qk_decay": functools.partial(adamw_for_qk, decay=1.0),
+    "qk_fixed": functools.partial(adamw_held, pull=1.0),
+    "qk_slow": functools.partial(adamw_held, pull=0.01),
+    "clip": adamw_clipped,
+    "schedule": adamw_scheduled,
+}
 
 
 def training_code(config: LocalGPTConfig, data: type, measure: Callable, optimizer: str = "adamw") -> str:
