@@ -106,7 +106,7 @@ class Plan:
     ([('full', 0.001, 100), ('full', 0.003, 100)], [('full', 0.0001, 100)], [('full', 0.01, 100)])
     >>> done = (0, 1e-3, 2.0), (0, 3e-3, 3.0), (0, 1e-4, 3.0)
     >>> wanted(*done), wanted(*done, (1, 1e-3, 3.0), (1, 3e-3, 2.0), (1, 1e-2, 4.0))
-    ([('full', 0.001, 200), ('full', 0.001, 201)], [('full', 0.001, 200), ('full', 0.001, 201), ('full', 0.003, 200)])
+    ([('full', 0.001, 200), ('full', 0.001, 201)], [('full', 0.001, 200), ('full', 0.003, 200), ('full', 0.001, 201)])
     """
 
     rules: tuple[Cell, ...]
@@ -142,32 +142,30 @@ class Plan:
             cells += tuning
             if settings or guess:
                 best[rule] = settings or Settings(scales[0], self.lrs[0], math.nan)
+        few: list[Cell] = []  # at a rule's own rate, with those that it is compared with
+        deciding: list[Cell] = []  # at the rate of full
         for rule in best:
-            few = self.seeds[rule.task].tests[: self.seeds[rule.task].few]
-            rates = {best[rule].lr: few}
-            for other in best:  # those that this rule is compared with
-                if rule in (reference(other, "full"), reference(other, "none")):
-                    rates[best[other].lr] = few
-            if full := best.get(reference(rule, "full")):
-                rates[full.lr] = self._deciding(rule, full, results)
-            cells += [
-                dataclasses.replace(rule, feedback_scale=best[rule].feedback_scale, lr=lr, seed=seed)
-                for lr, seeds in rates.items()
-                for seed in seeds
-            ]
+            compared = [rule, reference(rule, "full"), reference(rule, "none")]
+            for cells_at, at in ((few, rule), (deciding, reference(rule, "full"))):
+                if at in best:
+                    settings = {"feedback_scale": best[at].feedback_scale, "lr": best[at].lr}
+                    cells_at += [dataclasses.replace(other, **settings) for other in compared if other in best]
+        for cell in few:
+            seeds = self.seeds[cell.task]
+            cells += [dataclasses.replace(cell, seed=seed) for seed in seeds.tests[: seeds.few]]
+        for cell in deciding:
+            cells += [dataclasses.replace(cell, seed=seed) for seed in self._deciding(cell, results, guess)]
         return list(dict.fromkeys(cells))
 
-    def _deciding(self, rule: Cell, full: Settings, results: pd.DataFrame) -> tuple[int, ...]:
-        """The test seeds of a rule at the rate of ``full``: a few, and all unless these few have settled it."""
-        seeds = self.seeds[rule.task]
-        cells = [
-            dataclasses.replace(rule, feedback_scale=full.feedback_scale, lr=full.lr, seed=seed)
-            for seed in seeds.tests[: seeds.few]
-        ]
-        first = pd.DataFrame(cells).merge(results, on=list(KEY), how="left")
-        can_be_solved = isinstance(TASKS[rule.task]["data"], RecallTask)
-        over = can_be_solved and first["val_loss"].notna().all() and not (first["accuracy"] >= SOLVED).any()
-        return seeds.tests[: seeds.few] if over else seeds.tests
+    def _deciding(self, cell: Cell, results: pd.DataFrame, guess: bool) -> tuple[int, ...]:
+        """The test seeds of a rule at the rate of ``full``: the first few, and then all unless these have settled it."""
+        seeds = self.seeds[cell.task]
+        few = pd.DataFrame([dataclasses.replace(cell, seed=seed) for seed in seeds.tests[: seeds.few]])
+        first = few.merge(results, on=list(KEY), how="left")
+        settles = isinstance(TASKS[cell.task]["data"], RecallTask) and not (first["accuracy"] >= SOLVED).any()
+        if guess and first["status"].isna().any():
+            return seeds.tests
+        return seeds.tests[: seeds.few] if settles else seeds.tests
 
     def _tune(self, cell: Cell, scales: Iterable[float], results: pd.DataFrame) -> tuple[list[Cell], Settings | None]:
         """The tuning cells to run, and the best settings once they are all there; until then None."""
