@@ -158,7 +158,7 @@ class Plan:
         return list(dict.fromkeys(cells))
 
     def _deciding(self, cell: Cell, results: pd.DataFrame, guess: bool) -> tuple[int, ...]:
-        """The test seeds of a rule at the rate of ``full``: the first few, and then all unless these have settled it."""
+        """The test seeds of a rule at the rate of ``full``: the first few, then all unless these have settled it."""
         seeds = self.seeds[cell.task]
         few = pd.DataFrame([dataclasses.replace(cell, seed=seed) for seed in seeds.tests[: seeds.few]])
         first = few.merge(results, on=list(KEY), how="left")
