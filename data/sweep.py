@@ -106,7 +106,7 @@ class Plan:
     ([('full', 0.001, 100), ('full', 0.003, 100)], [('full', 0.0001, 100)], [('full', 0.01, 100)])
     >>> done = (0, 1e-3, 2.0), (0, 3e-3, 3.0), (0, 1e-4, 3.0)
     >>> wanted(*done), wanted(*done, (1, 1e-3, 3.0), (1, 3e-3, 2.0), (1, 1e-2, 4.0))
-    ([('full', 0.001, 200), ('full', 0.001, 201)], [('full', 0.001, 200), ('full', 0.003, 200), ('full', 0.001, 201)])
+    ([('full', 0.001, 200), ('full', 0.001, 201)], [('full', 0.001, 200), ('full', 0.001, 201), ('full', 0.003, 200)])
     """
 
     rules: tuple[Cell, ...]
@@ -123,39 +123,45 @@ class Plan:
                 raise ValueError(f"seeds that tune are those of {TUNING_SEEDS}, and no test is: {seeds}")
 
     def wanted(self, results: pd.DataFrame, guess: bool = False) -> list[Cell]:
-        """The cells that can be named by now: test runs only once the tuning runs before them are there.
+        """The cells of all ``stages``, each once."""
+        return list(dict.fromkeys(cell for stage in self.stages(results, guess) for cell in stage))
 
-        To ``guess`` is to name the others too, with any setting in place of the best: about as many as there will be,
+    def stages(self, results: pd.DataFrame, guess: bool = False) -> tuple[list[Cell], ...]:
+        """The cells that can be named by now, in the order in which they are to be run.
+
+        First the tuning of ``full``, then what decides, then the tuning of the others, then tests at their own rates.
+        To ``guess`` is to name those of which the rate is not known yet too, at any: about as many as there will be,
         since which rates will be tried beyond ``lrs``, and which tests will not be needed, is not known before.
         """
-        cells: list[Cell] = []
+        first: list[Cell] = []
+        deciding: list[Cell] = []
+        others: list[Cell] = []
+        few: list[Cell] = []
         best: dict[Cell, Settings] = {}  # by rule, for those that are tuned
-        for rule in self.rules:
-            scales = (1.0,)
-            if rule.method == "fa":
-                exact, settings = self._tune(dataclasses.replace(rule, softmax_backward="full"), self.scales, results)
-                cells += exact
-                if not settings and not guess:
+        for rule in sorted(self.rules, key=lambda rule: rule.softmax_backward != "full"):
+            full = reference(rule, "full")
+            scales = self.scales if rule == full and rule.method == "fa" else (1.0,)
+            if rule != full and rule.method == "fa":
+                if full not in best:
                     continue
-                scales = (settings.feedback_scale if settings else self.scales[0],)
+                scales = (best[full].feedback_scale,)
             tuning, settings = self._tune(rule, scales, results)
-            cells += tuning
+            (first if rule == full else others).extend(tuning)
             if settings or guess:
                 best[rule] = settings or Settings(scales[0], self.lrs[0], math.nan)
-        few: list[Cell] = []  # at a rule's own rate, with those that it is compared with
-        deciding: list[Cell] = []  # at the rate of full
-        for rule in best:
-            compared = [rule, reference(rule, "full"), reference(rule, "none")]
-            for cells_at, at in ((few, rule), (deciding, reference(rule, "full"))):
-                if at in best:
-                    settings = {"feedback_scale": best[at].feedback_scale, "lr": best[at].lr}
-                    cells_at += [dataclasses.replace(other, **settings) for other in compared if other in best]
-        for cell in few:
-            seeds = self.seeds[cell.task]
-            cells += [dataclasses.replace(cell, seed=seed) for seed in seeds.tests[: seeds.few]]
-        for cell in deciding:
-            cells += [dataclasses.replace(cell, seed=seed) for seed in self._deciding(cell, results, guess)]
-        return list(dict.fromkeys(cells))
+        for rule in self.rules:
+            compared = [other for other in (rule, *map(reference, [rule] * 2, ("full", "none"))) if other in self.rules]
+            for at in (reference(rule, "full"), rule):
+                if at not in best:
+                    continue
+                settings = {"feedback_scale": best[at].feedback_scale, "lr": best[at].lr}
+                for cell in (dataclasses.replace(other, **settings) for other in compared):
+                    seeds = self.seeds[cell.task].tests[: self.seeds[cell.task].few]
+                    stage = few
+                    if at == reference(rule, "full"):
+                        seeds, stage = self._deciding(cell, results, guess), deciding
+                    stage += [dataclasses.replace(cell, seed=seed) for seed in seeds]
+        return first, deciding, others, few
 
     def _deciding(self, cell: Cell, results: pd.DataFrame, guess: bool) -> tuple[int, ...]:
         """The test seeds of a rule at the rate of ``full``: the first few, then all unless these have settled it."""
@@ -330,18 +336,21 @@ def sweep(plan: Plan, results: Path = RESULTS, jobs: int = -1, device: str = "cp
     for group in sorted(others.intersection(map(group_of, plan.wanted(table, guess=True)))):
         print(f"left as other code made it: {', '.join(map(str, group))} (see --help)", file=sys.stderr)
 
-    def wanted(table: pd.DataFrame, guess: bool = False) -> list[Cell]:
-        return [cell for cell in plan.wanted(table, guess) if group_of(cell) not in others]
+    def guess(table: pd.DataFrame) -> set[Cell]:
+        return {cell for cell in plan.wanted(table, guess=True) if group_of(cell) not in others}
 
-    deaths, start = 0, len(cells_of(table).intersection(wanted(table, guess=True)))
+    deaths, start = 0, len(cells_of(table) & guess(table))
     with tqdm(desc=name, unit="run", smoothing=0, initial=start) as bar:
         while True:
             table = load_results(results)
-            done, everything = cells_of(table), wanted(table, guess=True)
+            done, everything = cells_of(table), guess(table)
             bar.total = len(everything)
-            bar.update(len(done.intersection(everything)) - bar.n)  # by others as well
-            cells = [cell for cell in wanted(table) if cell not in done]
-            if not cells:
+            bar.update(len(done & everything) - bar.n)  # by others as well
+            for stage in plan.stages(table):
+                cells = [cell for cell in dict.fromkeys(stage) if cell not in done and group_of(cell) not in others]
+                if cells:
+                    break
+            else:
                 return
             finished = 0
             work = (joblib.delayed(run)(cell, device, results, os.getpid()) for cell in cells)
