@@ -1384,7 +1384,8 @@ def judged(results: pd.DataFrame, at: str = "own") -> Iterator[Judged]:
         scale = best_settings(tuning[tuning["softmax_backward"] == "full"]).feedback_scale
         if not math.isnan(scale):
             tuning = tuning[tuning["feedback_scale"] == scale]
-        tried = dict(iter(tuning.groupby("softmax_backward", sort=False)))
+        rules = dict.fromkeys([*tuning["softmax_backward"], *tests["softmax_backward"]])
+        tried = {rule: tuning[tuning["softmax_backward"] == rule] for rule in rules}
         best = {rule: best_settings(tried[rule]).lr for rule in tried}
         for rule in tried:
             lrs = best if at == "own" else dict.fromkeys([rule, "full", "none"], best.get(rule if at == "rule" else at))
@@ -1412,7 +1413,7 @@ def harm_table(results: pd.DataFrame, at: str = "own") -> pd.DataFrame:
         row = case.group | {"rule": case.rule, "seeds": len(case.runs)}
         row |= {"feedback_scale": case.feedback_scale, "lr": case.lr}
         ends = case.tried.min(), case.tried.max()
-        row |= {"lr_tried": "{:g} to {:g}".format(*ends), "lr_at_end": case.lr in ends}
+        row |= {"lr_tried": "{:g} to {:g}".format(*ends) if len(case.tried) else "", "lr_at_end": case.lr in ends}
         loss = case.runs["val_loss"]
         with np.errstate(invalid="ignore"):  # a diverged run's loss is inf, and has no deviation
             row |= {"loss": loss.mean(), "loss_sd": loss.std(), "solved": case.solved[0], **result._asdict()}
