@@ -87,7 +87,7 @@ $(TEXT_READY): .venv/.ready FORCE
 	@cat $@.new
 	@cmp -s $@.new $@ || mv $@.new $@
 
-$(SITE)/%.ipynb: notebooks/%.ipynb notebooks/exercises.py helpers.py model_local.py data/results.csv .venv/.ready $(TEXT_READY)
+$(SITE)/%.ipynb: notebooks/%.ipynb notebooks/exercises.py helpers.py model_local.py data/results.csv data/second_edition.csv data/sweep.py .venv/.ready $(TEXT_READY)
 	@mkdir -p $(@D)
 	@$(PY) notebooks/execute.py $< --output-dir $(@D) > $(@:.ipynb=.time)
 	@cat $(@:.ipynb=.time)
