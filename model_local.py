@@ -8,7 +8,7 @@ Three independent choices decide how an error travels backwards:
 
 The forward pass is else the same whatever they are: a pre-LayerNorm GPT as in nanoGPT, without biases and with an
 output layer of its own (tying it to the embedding would be weight transport by another name). The file reads from top
-to bottom: configuration, linear maps, softmax, norms, attention, block, GPT.
+to bottom: configuration, linear maps, softmax, norms, attention, block, GPT; at the end, rules that only probe.
 
 References
 ----------
@@ -92,7 +92,9 @@ class LocalGPTConfig:
         registries = {"attn_mode": ATTN_MODES, "method": METHODS, "softmax_backward": SOFTMAX_BACKWARD}
         for name, known in (registries | {"qk_norm": QK_NORM}).items():
             if getattr(self, name) not in list(known):  # a list: what cannot be hashed is unknown, too
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(known)}")
+                raise ValueError(  # the names of rules, without the probes behind them
+                    f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(list(known)[:12])}"
+                )
         if self.attn_mode == "sigmoid" and self.softmax_backward not in ("full", "none"):
             raise ValueError(
                 f"softmax_backward={self.softmax_backward!r} replaces a softmax's Jacobian, and attn_mode='sigmoid' "
@@ -582,3 +584,129 @@ class LocalGPT(nn.Module):
             for module, training in modes:
                 module.training = training
         return idx
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Probes: rules that nobody would build, to ask what it is in the lateral sum that matters. Entries of their own below.
+# What is random in them is drawn from the attention weights it is used with, so that to measure a model, or to resume
+# a run, draws the same again and disturbs nothing else.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def dosed(a: Tensor, g: Tensor, visible: Tensor, memory: Tensor | None = None, *, dose: float) -> Tensor:
+    """``c = dose * b``: less or more of the exact baseline."""
+    return dose * lateral(a, g, visible)
+
+
+def _seeded_by(a: Tensor) -> torch.Generator:
+    """A generator that starts where ``a`` says: fresh for every layer and iteration, the same for the same map."""
+    return torch.Generator(a.device).manual_seed(abs(hash(a.double().square().sum().item())))
+
+
+def as_sign(message: Tensor, a: Tensor, memory: Tensor | None) -> Tensor:
+    """One bit a query, and one size for all queries of a head."""
+    return message.sign() * message.abs().mean((0, 2, 3), keepdim=True)
+
+
+def as_power(message: Tensor, a: Tensor, memory: Tensor | None) -> Tensor:
+    """A sign and an exponent a query: the power of two that is nearest on a logarithmic scale."""
+    return torch.where(message == 0, message, message.sign() * message.abs().log2().round().exp2())
+
+
+def as_noise(message: Tensor, a: Tensor, memory: Tensor | None) -> Tensor:
+    """Times a number from a normal distribution of mean 1 and deviation 1, drawn anew for each query."""
+    noise = torch.randn(message.shape, generator=_seeded_by(a), dtype=a.dtype, device=a.device)
+    return message * (1 + noise)
+
+
+def as_remembered(message: Tensor, a: Tensor, memory: Tensor) -> Tensor:
+    """What it was on average at this position in the iteration before, on other sequences."""
+    return memory[:, : message.shape[2]].expand_as(message)
+
+
+@dataclass(frozen=True)
+class MessageRule:
+    """``e_j - a_j m``: what a local rule sends, less a number of the query, told to its keys as they are attended to.
+
+    Told exactly, ``m = sum_j e_j``: then ``zero`` becomes the exact pass and ``diagonal`` ``balanced_by_attention``.
+    """
+
+    base: Rule
+    told: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+    def __call__(self, a: Tensor, g: Tensor, visible: Tensor, memory: Tensor | None = None) -> Tensor:
+        sent = self.base(a, g, visible)
+        return sent - a * self.told(sent.sum(-1, keepdim=True), a, memory)
+
+
+class LateMessageRule(MessageRule):
+    """A message whose memory, of each head and position (H, block_size, 1), is that of the iteration before."""
+
+    def start(self, config: LocalGPTConfig) -> Tensor:
+        return torch.zeros(config.n_head, config.block_size, 1)
+
+    def learn(self, memory: Tensor, a: Tensor, g: Tensor, visible: Tensor) -> Tensor:
+        learnt = memory.clone()
+        learnt[:, : a.shape[2]] = self.base(a, g, visible).sum(-1, keepdim=True).mean(0)
+        return learnt
+
+
+@dataclass(frozen=True)
+class ErrorRule:
+    """``f + e``: the exact pass with an error of a given direction, persistence and size, at right angles to ``f``.
+
+    direction: ``row``, the same for all keys of a query; ``attention``, in proportion to the weights; ``random``, drawn
+    for each key. A ``fresh`` error has a new sign a head, or a new draw, at every iteration, otherwise it is always the
+    same. Its size is 3/4 of that of ``f`` (a cosine of 0.8) in every map; or, if ``absolute``, 3/4 of what the size of
+    ``f`` was at the first iteration, on average over the batch: that is the rule's memory, one number a head (H, 1, 1).
+    """
+
+    direction: str
+    fresh: bool
+    absolute: bool
+
+    def __call__(self, a: Tensor, g: Tensor, visible: Tensor, memory: Tensor | None = None) -> Tensor:
+        f = full(a, g, visible)
+        generator = _seeded_by(a) if self.fresh else torch.Generator(a.device).manual_seed(0)
+        like = {"generator": generator, "dtype": a.dtype, "device": a.device}
+        error = {"row": torch.ones_like(a), "attention": a}.get(self.direction)
+        if error is None:
+            error = torch.randn(a.shape[1:], **like).expand_as(a)
+        elif self.fresh:
+            error = error * torch.randn(a.shape[1], 1, 1, **like).sign()
+        error = error * visible
+        inner = [(x * f).sum((-2, -1), keepdim=True).double() for x in (error, f)]
+        error = error - f * (inner[0] / inner[1]).nan_to_num().to(f.dtype)
+        size = memory if self.absolute else _size(f)
+        return f + 0.75 * error * (size / _size(error)).nan_to_num(posinf=0.0)
+
+    def start(self, config: LocalGPTConfig) -> Tensor:
+        return torch.zeros(config.n_head, 1, 1)
+
+    def learn(self, memory: Tensor, a: Tensor, g: Tensor, visible: Tensor) -> Tensor:
+        return torch.where(memory > 0, memory, _size(full(a, g, visible)).mean(0))
+
+
+def _size(maps: Tensor) -> Tensor:
+    """The norm of each map (B, H, 1, 1)."""
+    return torch.linalg.vector_norm(maps, dim=(-2, -1), keepdim=True)
+
+
+DOSES = (0.2, 0.4, 0.6, 0.8, 0.9, 1.1, 1.2)
+PROBES: dict[str, Rule] = {
+    f"{name}_{dose:g}b": BaselineRule(slope, functools.partial(dosed, dose=dose))
+    for name, slope in (("zero", False), ("diagonal", True))
+    for dose in DOSES
+}
+for _name, _base in (("zero", SOFTMAX_BACKWARD["zero"]), ("diagonal", diagonal)):
+    PROBES |= {f"{_name}_{told.__name__}": MessageRule(_base, told) for told in (as_sign, as_power, as_noise)}
+    PROBES[f"{_name}_as_remembered"] = LateMessageRule(_base, as_remembered)
+PROBES |= {
+    f"error_{direction}_{'fresh' if fresh else 'fixed'}{'_absolute' if absolute else ''}": ErrorRule(
+        direction, fresh, absolute
+    )
+    for direction in ("row", "attention", "random")
+    for fresh in (False, True)
+    for absolute in (False, True)
+}
+SOFTMAX_BACKWARD |= PROBES
