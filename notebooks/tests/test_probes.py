@@ -91,6 +91,9 @@ def test_an_error_has_its_direction_size_and_persistence(direction, fresh):
         torch.testing.assert_close((error * f).sum((-2, -1)), torch.zeros(B, H, dtype=torch.float64), atol=1e-9, rtol=0)
         torch.testing.assert_close(cosine(f + error, f), torch.full((B, H), 0.8, dtype=torch.float64))
         pattern = {"row": VISIBLE.double().expand_as(a), "attention": a}.get(direction)
+        if direction == "random" and not fresh:
+            always = torch.randn(H, T, T, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+            pattern = (always * VISIBLE).expand_as(a)
         if pattern is not None:
             along = pattern - f * ((pattern * f).sum((-2, -1)) / f.square().sum((-2, -1)))[..., None, None]
             assert (cosine(error, along).abs() > 1 - 1e-9).all()
@@ -98,9 +101,8 @@ def test_an_error_has_its_direction_size_and_persistence(direction, fresh):
                 (int(head), int(s)) for head in range(H) for s in cosine(error, along)[:, head].sign().unique()
             )
         draws.append(error / error.norm(dim=(-2, -1), keepdim=True))
-    if direction == "random":
-        alike = cosine(draws[0], draws[1]).abs()
-        assert (alike < 0.7).all() if fresh else (alike > 0.7).all()
+    if direction == "random" and fresh:
+        assert cosine(draws[0], draws[1]).abs().mean() < 0.5
     else:
         assert signs == {(head, s) for head in range(H) for s in ((-1, 1) if fresh else (1,))}
 
