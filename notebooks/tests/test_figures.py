@@ -253,6 +253,8 @@ def harm_rows(**changes):
     table = pd.DataFrame(rows, columns=["task", "rule", "harm", "low", "high", "verdict", "lr_at_end"])
     recall = table["task"] == "recall"
     table["method"], table["attn_mode"] = np.where(recall, "fa", "bp"), np.where(recall, "softmax", "sigmoid")
+    table["qk_norm"], table["score_scale"] = np.where(recall, "off", "cut_k"), np.where(recall, 1.0, 0.5)
+    table["optimizer"] = np.where(recall, "adamw", "sgd")
     return table.assign(steps=np.where(recall, 3000, 500), **changes)
 
 
@@ -278,7 +280,8 @@ def test_harm_stands_at_its_rule_with_its_interval_word_colour_and_marker():
     table = harm_rows()
     axes = plot_harm(table)
     drawn = drawn_harm(axes)
-    groups = ["recall, fa, 3,000 steps"] * 3 + ["shakespeare, bp, sigmoid attention, 500 steps"]
+    groups = ["recall, fa, 3,000 steps"] * 3
+    groups += ["shakespeare, bp, sigmoid attention, qk_norm cut_k, scores times 0.5, sgd, 500 steps"]
     assert drawn["group"].tolist() == groups
     expected = table[:4].set_index("rule")
     columns = ["harm", "low", "high", "verdict"]
@@ -653,7 +656,8 @@ def test_figure_4_10_draws_the_mean_over_heads_and_a_band_that_holds_them_all():
 
 @pytest.fixture(scope="module")
 def verdict(real):
-    return {"results": helpers.load_results(), "table": real}
+    groups = ["task", "method", "attn_mode", "steps"]  # in all else the stored groups are alike
+    return {"results": helpers.load_results(), "table": real, "GROUP": groups}
 
 
 def test_figures_5_1_and_6_1_draw_their_tables(real):
@@ -685,7 +689,7 @@ def test_figure_5_2_draws_each_rule_s_loss_over_its_rates(verdict):
     for ax, (task, method, steps) in zip(plt.gcf().axes, shown.panels, strict=True):
         for rule, color in colors.items():
             part = tuning[task, method, steps, rule]
-            mean = part[part["seed"] >= helpers.FIRST_TUNING_SEED].groupby("lr")["val_loss"].mean()
+            mean = part[part["seed"].isin(helpers.TUNING_SEEDS)].groupby("lr")["val_loss"].mean()
             (line,) = lines(ax)[color]
             np.testing.assert_allclose(line, list(mean.items()))
             np.testing.assert_allclose(shown.value.loc[(task, method, steps, rule)].dropna(), mean, atol=6e-4)
@@ -708,7 +712,7 @@ def test_figure_5_3_draws_every_seed_s_curve_in_the_colour_of_its_rule(verdict):
             part = tests[task, method, steps, rule]
             curves = [
                 [float(loss) for loss in curve.split()]
-                for curve in part["curve"][part["seed"] < helpers.FIRST_TUNING_SEED]
+                for curve in part["losses"][~part["seed"].isin(helpers.TUNING_SEEDS)]
             ]
             drawn = lines(ax)[color.lower()]
             assert sorted(line[:, 1].tolist() for line in drawn) == sorted(curves)

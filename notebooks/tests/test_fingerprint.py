@@ -6,7 +6,7 @@ import linecache
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -20,8 +20,8 @@ from model_local import LocalGPTConfig
 CONFIG = LocalGPTConfig(method="bp")
 
 
-def key(config=CONFIG, measure=helpers.symptoms):
-    return helpers.training_code(config, helpers.Corpus, measure)
+def key(config=CONFIG, measure=helpers.symptoms, optimizer="adamw"):
+    return helpers.training_code(config, helpers.Corpus, measure, optimizer)
 
 
 @pytest.fixture
@@ -198,17 +198,37 @@ def test_the_key_of_a_run_holds_neither_figures_nor_the_table_nor_rules_that_it_
         monkeypatch.setattr(helpers, name, None)
     monkeypatch.setitem(model_local.SOFTMAX_BACKWARD, "mine", "whatever")
     monkeypatch.setitem(model_local.SOFTMAX_BACKWARD, "ste", model_local.none)
+    monkeypatch.setitem(model_local.QK_NORM, "cut", "whatever")
+    monkeypatch.setitem(helpers.OPTIMIZERS, "sgd", "whatever")
     assert key() == before != key(LocalGPTConfig(method="bp", softmax_backward="ste"))
+
+
+def test_every_rule_norm_and_optimizer_has_a_key_of_its_own_that_changes_with_it_alone(monkeypatch):
+    def keys():
+        found = {("softmax_backward", name): CONFIG for name in model_local.SOFTMAX_BACKWARD}
+        found |= {("qk_norm", name): CONFIG for name in model_local.QK_NORM}
+        found = {part: key(replace(config, **dict([part]))) for part, config in found.items()}
+        return found | {("optimizer", name): key(optimizer=name) for name in helpers.OPTIMIZERS}
+
+    usual = {("softmax_backward", "full"), ("qk_norm", "off"), ("optimizer", "adamw")}
+    before = keys()
+    assert {before[part] for part in usual} == {key()}
+    assert len({*before.values()}) == len(before) - 2
+    monkeypatch.setitem(model_local.QK_NORM, "cut_q", (model_local.CutRMSNorm, model_local.CutRMSNorm))
+    monkeypatch.setitem(helpers.OPTIMIZERS, "clip", helpers.sgd)
+    monkeypatch.setitem(model_local.SOFTMAX_BACKWARD, "ste", model_local.none)
+    after, changed = keys(), {("qk_norm", "cut_q"), ("optimizer", "clip"), ("softmax_backward", "ste")}
+    assert {part for part in before if before[part] != after[part]} == changed
 
 
 def test_a_rule_of_ones_own_under_one_name_has_a_key_of_its_own(monkeypatch):
     slope = 1.0
 
-    def mine(a, g, visible, running=None):
+    def mine(a, g, visible, memory=None):
         return g * slope
 
     rules = [model_local.BaselineRule(True, model_local.zero), model_local.BaselineRule(False, model_local.mean), mine]
-    rules += [functools.partial(model_local.ste, running=1), functools.partial(model_local.ste, running=2)]
+    rules += [functools.partial(model_local.ste, memory=1), functools.partial(model_local.ste, memory=2)]
     keys = []
     for rule in rules:
         monkeypatch.setitem(model_local.SOFTMAX_BACKWARD, "mine", rule)

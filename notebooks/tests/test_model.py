@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from model_local import INIT_STD, METHODS, RUNNING_MEAN_DECAY, SOFTMAX_BACKWARD, LocalGPT, LocalGPTConfig
+from model_local import INIT_STD, METHODS, PROBES, QK_NORM, SOFTMAX_BACKWARD, LocalGPT, LocalGPTConfig
 
 # everything of a size of its own, so that no two of them can be exchanged unseen
 CONFIG = LocalGPTConfig(block_size=7, vocab_size=11, n_layer=3, n_head=2, n_embd=12)
 B, T = 4, 5
+RULES = [rule for rule in SOFTMAX_BACKWARD if rule not in PROBES]  # probes: test_probes
 
 
 def make_model(seed=0, **changes):
@@ -41,9 +42,9 @@ def test_numbers_of_numpy_become_python_s():
     assert all(
         type(getattr(config, name)) is int for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
     )
-    ours = LocalGPTConfig(dropout=np.float64(0.5), feedback_scale=np.int64(2))
-    assert (type(ours.dropout), type(ours.feedback_scale)) == (float, float)
-    assert repr(LocalGPTConfig(dropout=0, feedback_scale=1)) == repr(LocalGPTConfig())
+    ours = LocalGPTConfig(dropout=np.float64(0.5), feedback_scale=np.int64(2), score_scale=np.float32(3))
+    assert (type(ours.dropout), type(ours.feedback_scale), type(ours.score_scale)) == (float, float, float)
+    assert repr(LocalGPTConfig(dropout=0, feedback_scale=1, score_scale=1)) == repr(LocalGPTConfig())
 
 
 @pytest.mark.parametrize(
@@ -64,10 +65,18 @@ def test_numbers_of_numpy_become_python_s():
         ({"feedback_scale": math.inf}, "not a positive number"),
         ({"feedback_scale": True}, "not a positive number"),
         ({"feedback_scale": "1"}, "not a positive number"),
+        *[
+            ({"score_scale": wrong}, "score_scale=.* not a positive number")
+            for wrong in (0, -1, math.nan, math.inf, True)
+        ],
+        ({"score_scale": None}, "not a positive number"),
+        ({"qk_norm": "l2"}, "qk_norm='l2' is unknown: choose one of off, exact, cut, cut_q, cut_k"),
+        ({"qk_norm": None}, "choose one of off"),
+        ({"qk_norm": ["exact"]}, "choose one of off"),
         ({"method": "backprop"}, "choose one of bp, fa, sign_sym, dfa"),
         ({"method": ["fa"]}, "choose one of"),
         ({"attn_mode": None}, "choose one of softmax, sigmoid"),
-        ({"softmax_backward": "half"}, "choose one of full, diagonal"),
+        ({"softmax_backward": "half"}, "choose one of full, diagonal.*, balanced_by_attention$"),
         ({"attn_mode": "sigmoid", "softmax_backward": "diagonal"}, "choose 'full'"),
     ],
 )
@@ -79,6 +88,18 @@ def test_a_wrong_setting_is_refused_by_name(changes, reason):
 def test_a_config_cannot_be_changed():
     with pytest.raises(AttributeError):
         CONFIG.n_layer = 4
+
+
+@pytest.mark.parametrize("arm", QK_NORM)
+@pytest.mark.parametrize("rule", RULES)
+def test_the_exact_config_has_the_same_forward_pass_and_the_chain_rule(arm, rule):
+    forward = replace(CONFIG, dropout=0.5, score_scale=2.0)
+    for method in METHODS:
+        local = replace(forward, method=method, softmax_backward=rule, qk_norm=arm)
+        exact = "off" if arm == "off" else "exact"
+        assert local.exact == replace(forward, method="bp", softmax_backward="full", qk_norm=exact)
+        assert local.exact.exact == local.exact
+    assert replace(forward, attn_mode="sigmoid", softmax_backward="none").exact.attn_mode == "sigmoid"
 
 
 # --- initial weights -------------------------------------------------------------------------------------------------
@@ -107,8 +128,9 @@ def test_weights_and_feedback_start_as_stated():
 
 
 def test_a_seed_gives_the_same_weights_under_every_rule():
-    rules = [{"method": method} for method in METHODS] + [{"softmax_backward": rule} for rule in SOFTMAX_BACKWARD]
-    rules += [{"attn_mode": "sigmoid"}, {"feedback_scale": 3.0}, {"dropout": 0.5}]
+    rules = [{"method": method} for method in METHODS] + [{"softmax_backward": rule} for rule in RULES]
+    rules += [{"attn_mode": "sigmoid"}, {"feedback_scale": 3.0}, {"dropout": 0.5}, {"score_scale": 2.0}]
+    rules += [{"qk_norm": arm} for arm in QK_NORM]
     expected = dict(make_model(method="bp").named_parameters())
     for changes in rules:
         for name, parameter in make_model(**changes).named_parameters():
@@ -136,10 +158,15 @@ def surrogate_linear(x, weight, feedback):
     return x.detach() @ weight.T + (x - x.detach()) @ feedback.T
 
 
-def plain_loss(model, idx, targets, feedback, direct=None):
+CUT = {"exact": "", "cut": "qk", "cut_q": "q", "cut_k": "k"}  # whose norm's divisor counts as a constant
+EPS = 1e-6
+
+
+def plain_loss(model, idx, targets, feedback, direct=None, cut=None, scale=1.0):
     """The loss of a GPT written out plainly on ``model``'s parameters; each map's error returns through ``feedback``.
 
     With ``direct`` (L + 1, V, C) blocks are cut apart, and an extra term, of value 0, sends the output error to them.
+    Unless ``cut`` is None queries and keys are normalised, and it says which of them with a divisor that is a constant.
     """
     p, (n_layer, n_head) = dict(model.named_parameters()), (model.config.n_layer, model.config.n_head)
     taps = []
@@ -154,11 +181,18 @@ def plain_loss(model, idx, targets, feedback, direct=None):
     def norm(x, name):
         return F.layer_norm(x, x.shape[-1:], p[f"{name}.weight"])
 
+    def normalised(x, name):
+        if cut is None:
+            return x
+        divisor = torch.sqrt(torch.mean(x**2, -1, keepdim=True) + EPS)
+        return x / (divisor.detach() if name in cut else divisor)
+
     x = between(p["token_embedding.weight"][idx] + p["position_embedding.weight"][: idx.shape[1]])
     for i in range(n_layer):
         name = f"blocks.{i}"
         h = norm(x, f"{name}.ln_1")
         q, k, v = (linear(h, f"{name}.attn.{n}_proj").unflatten(-1, (n_head, -1)).transpose(1, 2) for n in "qkv")
+        q, k = normalised(q, "q") * scale, normalised(k, "k")
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
         x = x + linear(o, f"{name}.attn.o_proj")
         h = norm(x, f"{name}.ln_2")
@@ -184,18 +218,69 @@ def feedback_of(model):
     return {name: how(m) for name, m in linears.items()}
 
 
+@pytest.mark.parametrize("arm", QK_NORM)
 @pytest.mark.parametrize("method", METHODS)
-def test_every_gradient_is_that_of_a_plain_network_with_this_feedback(method):
-    model, (x, y) = make_model(method=method, feedback_scale=1.7).double(), batch()
+def test_every_gradient_is_that_of_a_plain_network_with_this_feedback_and_these_norms(method, arm):
+    model = make_model(method=method, feedback_scale=1.7, qk_norm=arm, score_scale=1.3).double()
+    x, y = batch()
     y[0, 1] = -100  # left out of the loss
     direct = model.direct_feedback if method == "dfa" else None
     _, loss = model(x, y)
-    plain = plain_loss(model, x, y, feedback_of(model), direct)
+    plain = plain_loss(model, x, y, feedback_of(model), direct, CUT.get(arm), 1.3)
     torch.testing.assert_close(loss, plain)
     expected = gradients(plain, model)
     for name, grad in gradients(loss, model).items():
         assert grad.any(), name
         torch.testing.assert_close(grad, expected[name], rtol=1e-9, atol=1e-14, msg=name)
+
+
+def test_where_a_norm_is_cut_changes_gradients_and_nothing_else():
+    (x, y), arms = batch(), {arm: make_model(method="bp", qk_norm=arm).double() for arm in QK_NORM}
+    logits = {arm: model(x)[0] for arm, model in arms.items()}
+    grads = {arm: gradients(model(x, y)[1], model) for arm, model in arms.items()}
+    for arm in CUT:
+        torch.testing.assert_close(logits[arm], logits["exact"], rtol=1e-12, atol=1e-14)
+        for name in "qk":
+            part = f"blocks.2.attn.{name}_proj.weight"  # above it the arms agree in everything
+            same = torch.allclose(grads[arm][part], grads["exact"][part], rtol=1e-9, atol=0)
+            assert same == (name not in CUT[arm]), (arm, name)
+        torch.testing.assert_close(
+            grads[arm]["blocks.2.attn.v_proj.weight"], grads["exact"]["blocks.2.attn.v_proj.weight"]
+        )
+    assert (logits["off"] - logits["exact"]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("arm", QK_NORM)
+def test_a_score_scale_is_a_factor_on_the_scores(arm):
+    scores = []
+    for scale in (1, 2.5):
+        model = make_model(qk_norm=arm, score_scale=scale)
+        model.blocks[0].attn.attn_weights.register_forward_pre_hook(lambda m, inputs: scores.append(inputs[0]))
+        model(batch()[0])
+    one, other = scores
+    seen = one.isfinite()
+    assert one[seen].any() and torch.equal(seen, other.isfinite())
+    torch.testing.assert_close(other[seen], 2.5 * one[seen])
+
+
+def test_without_a_gradient_at_queries_and_keys_it_makes_no_difference_whether_a_norm_is_cut():
+    def trained(**changes):
+        model = make_model(method="bp", **changes)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        for step in range(3):
+            optimizer.zero_grad()
+            model(*batch(seed=step))[1].backward()
+            optimizer.step()
+        return model.state_dict()
+
+    exact, start = trained(softmax_backward="none", qk_norm="exact"), make_model(qk_norm="exact").state_dict()
+    for arm in CUT:
+        other = trained(softmax_backward="none", qk_norm=arm)
+        assert exact.keys() == other.keys() and all(torch.equal(exact[name], other[name]) for name in exact), arm
+    for name in ("blocks.1.attn.q_proj.weight", "blocks.1.attn.v_proj.weight"):
+        assert torch.equal(exact[name], start[name]) == ("q_proj" in name)
+    part = "blocks.1.attn.q_proj.weight"  # under another rule it does
+    assert not torch.equal(*(trained(softmax_backward="zero", qk_norm=arm)[part] for arm in ("exact", "cut")))
 
 
 def test_feedback_matrices_do_not_learn_and_are_saved():
@@ -235,6 +320,12 @@ def b(a, g, v, r):
     return torch.einsum("...k,...k->...", a, g)[..., None]
 
 
+def centring(v):
+    """The projection (T, T, T) that takes from a query's row its mean over the keys that it sees."""
+    v = v.double()
+    return torch.diag_embed(v) - v[:, :, None] * v[:, None, :] / v.sum(-1)[:, None, None]
+
+
 FORMULAS = {
     "full": lambda a, g, v, r: torch.einsum(
         "...ij,...j->...i", torch.diag_embed(a) - a[..., :, None] * a[..., None, :], g
@@ -248,10 +339,14 @@ FORMULAS = {
     "diagonal_mean": lambda a, g, v, r: (a - a**2) * (g - g_bar(a, g, v, r)),
     "diagonal_running": lambda a, g, v, r: (a - a**2) * (g - r),
     "diagonal_lateral": lambda a, g, v, r: (a - a**2) * (g - b(a, g, v, r)),
+    "balanced_evenly": lambda a, g, v, r: torch.einsum("ijk,...ik->...ij", centring(v), (a - a**2) * g),
+    "balanced_by_attention": lambda a, g, v, r: torch.einsum(
+        "...ij,...j->...i", torch.diag_embed(a) - a[..., :, None] * a[..., None, :], g - a * g
+    ),
 }
 
 
-@pytest.mark.parametrize("rule", SOFTMAX_BACKWARD)
+@pytest.mark.parametrize("rule", RULES)
 @given(seed=st.integers(0, 2**32 - 1), causal=st.booleans(), sharpness=st.floats(0, 20))
 def test_a_rule_is_its_formula_and_sends_nothing_to_masked_keys(rule, seed, causal, sharpness):
     generator = torch.Generator().manual_seed(seed)
@@ -269,6 +364,8 @@ def test_a_rule_is_its_formula_and_sends_nothing_to_masked_keys(rule, seed, caus
         return
     torch.testing.assert_close(sent, expected, rtol=1e-9, atol=1e-13)
     assert not sent[..., ~visible].any()
+    if rule.startswith("balanced"):
+        torch.testing.assert_close(sent.sum(-1), torch.zeros(B, 3, T, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
 def sent_back(model, x, y):
@@ -290,20 +387,45 @@ def sent_back(model, x, y):
     return [(layer["a"], layer["g"], layer.get("sent")) for layer in seen]
 
 
-@pytest.mark.parametrize("rule", SOFTMAX_BACKWARD)
+@pytest.mark.parametrize("rule", RULES)
 def test_the_network_sends_back_what_the_rule_says(rule):
     model, (x, y) = make_model(method="bp", softmax_backward=rule).double(), batch()
     visible = torch.ones(T, T, dtype=torch.bool).tril()
     memory = [torch.randn(2, 1, 1, dtype=torch.float64) for _ in range(3)]
     for block, r in zip(model.blocks, memory, strict=True):
         if rule.endswith("running"):
-            block.attn.attn_weights.running_mean.copy_(r)
+            block.attn.attn_weights.memory.copy_(r)
     for (a, g, sent), r in zip(sent_back(model, x, y), memory, strict=True):
         expected = FORMULAS[rule](a, g, visible, r)
         assert sent is None if expected is None else torch.allclose(sent, expected, rtol=1e-9, atol=1e-15)
 
 
-def test_the_running_mean_moves_after_the_rule_and_in_training_only():
+@pytest.mark.parametrize("arm", QK_NORM)
+def test_what_comes_back_through_a_norm_has_a_radial_part_only_where_it_is_cut(arm):
+    """``q . dq`` is a sum over the query's keys, ``k . dk`` over the key's queries; an exact norm takes all but eps."""
+    model = make_model(method="bp", softmax_backward="zero", qk_norm=arm, score_scale=1.3).double()
+    attn, seen = model.blocks[1].attn, {}
+
+    def keep(name, tensor):
+        seen[name] = tensor.detach()
+        tensor.register_hook(lambda grad: seen.update({f"d{name}": grad}))
+
+    attn.attn_weights.register_forward_pre_hook(lambda m, inputs: keep("s", inputs[0]))
+    attn.q_proj.register_forward_hook(lambda m, inputs, output: keep("q", output))
+    attn.k_proj.register_forward_hook(lambda m, inputs, output: keep("k", output))
+    model(*batch())[1].backward()
+    products = seen["ds"] * seen["s"].nan_to_num(neginf=0)  # (B, H, T, T)
+    for name, across in (("q", -1), ("k", -2)):
+        vector, error = (seen[key].view(B, T, 2, 6).transpose(1, 2) for key in (name, f"d{name}"))
+        radial, expected = (vector * error).sum(-1), products.sum(across)
+        if arm != "off" and name not in CUT[arm]:
+            expected *= EPS / (vector.square().mean(-1) + EPS)
+            assert radial.abs().max() < 1e-2 * (vector.norm(dim=-1) * error.norm(dim=-1)).max()
+        assert expected.all()
+        torch.testing.assert_close(radial, expected, rtol=1e-6, atol=1e-15)
+
+
+def test_a_running_mean_learns_after_the_rule_and_in_training_only():
     model, visible = make_model(method="bp", softmax_backward="running").double(), torch.ones(T, T).tril().bool()
     memory = [torch.zeros(2, 1, 1, dtype=torch.float64) for _ in range(3)]
     for step, training in enumerate((True, False, True, True)):
@@ -312,10 +434,38 @@ def test_the_running_mean_moves_after_the_rule_and_in_training_only():
             torch.testing.assert_close(sent, a * (g - memory[i]), rtol=1e-9, atol=1e-15)
             if training:
                 average = torch.stack([g[:, head][:, visible].mean() for head in range(2)]).view(2, 1, 1)
-                memory[i] = RUNNING_MEAN_DECAY * memory[i] + (1 - RUNNING_MEAN_DECAY) * average
-            torch.testing.assert_close(model.blocks[i].attn.attn_weights.running_mean, memory[i])
-    assert "blocks.0.attn.attn_weights.running_mean" in model.state_dict()
-    assert "blocks.0.attn.attn_weights.running_mean" not in make_model().state_dict()
+                memory[i] = 0.9 * memory[i] + 0.1 * average
+            torch.testing.assert_close(model.blocks[i].attn.attn_weights.memory, memory[i])
+    assert "blocks.0.attn.attn_weights.memory" in model.state_dict()
+    assert "blocks.0.attn.attn_weights.memory" not in make_model().state_dict()
+
+
+class Diary:
+    """A rule whose memory, of a shape of its own, is a number of steps and a sum over all that it was shown."""
+
+    def start(self, config):
+        return torch.tensor([0.0, float(config.n_head)])
+
+    def __call__(self, a, g, visible, memory):
+        return g * visible * memory[1]
+
+    def learn(self, memory, a, g, visible):
+        return memory + torch.stack([torch.ones(()), (a + 2 * g * visible).sum()])
+
+
+def test_a_memory_is_whatever_its_rule_makes_of_it(monkeypatch):
+    monkeypatch.setitem(SOFTMAX_BACKWARD, "diary", Diary())
+    model, visible = make_model(method="bp", softmax_backward="diary"), torch.ones(T, T).tril().bool()
+    expected = [torch.tensor([0.0, 2.0]) for _ in range(3)]
+    for training in (True, False, True):
+        for i, (a, g, sent) in enumerate(sent_back(model.train(training), *batch())):
+            torch.testing.assert_close(sent, g * visible * expected[i][1])
+            if training:
+                expected[i] = expected[i] + torch.stack([torch.ones(()), a.sum() + 2 * g[..., visible].sum()])
+            torch.testing.assert_close(model.blocks[i].attn.attn_weights.memory, expected[i], rtol=1e-4, atol=1e-4)
+    again = make_model(seed=1, method="bp", softmax_backward="diary")
+    again.load_state_dict(model.state_dict())
+    assert again.blocks[2].attn.attn_weights.memory[0] == 2
 
 
 @pytest.mark.parametrize("length", [1, 3, 7])
@@ -352,7 +502,7 @@ def test_no_query_sees_a_later_key():
 
 @pytest.mark.filterwarnings("ignore:Using backward.* with create_graph=True")
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("rule", SOFTMAX_BACKWARD)
+@pytest.mark.parametrize("rule", RULES)
 def test_nothing_can_be_differentiated_twice(method, rule):
     model, (x, y) = make_model(method=method, softmax_backward=rule), batch()
     with pytest.raises(RuntimeError, match="no second derivative"):
@@ -371,11 +521,13 @@ def test_nor_can_a_linear_map_by_itself(method):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    "changes", [{"softmax_backward": rule} for rule in SOFTMAX_BACKWARD] + [{"attn_mode": "sigmoid"}]
+    "changes",
+    [{"softmax_backward": rule} for rule in RULES] + [{"attn_mode": "sigmoid"}] + [{"qk_norm": arm} for arm in QK_NORM],
+    ids=lambda changes: "-".join(changes.values()),
 )
 def test_autocast_gives_the_gradients_in_less_precision(method, changes):
     model, (x, y) = make_model(method=method, **changes), batch()
-    expected = gradients(model.eval()(x, y)[1], model)  # in eval mode: a running mean stays as it was
+    expected = gradients(model.eval()(x, y)[1], model)  # in eval mode: a memory stays as it was
     with torch.autocast("cpu", dtype=torch.bfloat16):
         _, loss = model(x, y)
     for name, grad in gradients(loss, model).items():

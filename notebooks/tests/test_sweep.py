@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import os
+import re
 import select
 import subprocess
 import sys
@@ -20,19 +21,20 @@ from model_local import LocalGPTConfig
 
 sys.path.append(str(helpers.ROOT / "data"))
 import sweep
-from sweep import Cell, Plan
+from sweep import Cell, Plan, Seeds
 
 SMALL = RecallTask(n_keys=3, n_values=2, n_pairs=2, n_queries=2)
 SHAPE = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": SMALL.block_size}
-RULES = ("full", "none", "diagonal")
-PLAN = Plan(sweep._groups("recall", ("bp",), RULES, steps=1), (1e-3, 1e-2), (), (1.0,), (100,), (0, 1))
-TWO = dataclasses.replace(PLAN, groups=PLAN.groups[:2])
-CELL = Cell("recall", "bp", "diagonal", "softmax", 1.0, 1e-2, 1, 0)
+SEEDS = {"recall": Seeds((100,), (200, 201), 2)}
+PLAN = Plan(sweep._rules("recall", ("full", "none", "diagonal"), steps=1), (1e-3, 1e-2), (), (1.0,), SEEDS)
+TWO = dataclasses.replace(PLAN, rules=PLAN.rules[:2])
+ONE = dataclasses.replace(PLAN, rules=PLAN.rules[:1])
+CELL = dataclasses.replace(PLAN.rules[2], lr=1e-2, seed=200)
 
 
 @pytest.fixture(autouse=True)
 def small_task(monkeypatch):
-    monkeypatch.setitem(TASKS, "recall", {"data": SMALL, "batch_size": 4, "steps": 3, "shape": SHAPE})
+    monkeypatch.setitem(TASKS, "recall", {"data": SMALL, "batch_size": 4, "steps": 3, "eval_every": 3, "shape": SHAPE})
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -52,12 +54,192 @@ def without_times(path) -> bytes:
     return pd.read_csv(path, dtype=str).drop(columns="seconds").to_csv(index=False).encode()
 
 
-def test_the_stored_runs_are_at_the_rates_and_scales_of_the_plan():
-    plan, results = sweep.PLANS["full"], load_results()
-    tuning = results[results["seed"] >= helpers.FIRST_TUNING_SEED]
-    assert set(tuning["lr"]) == {*plan.lrs, *plan.more_lrs} and set(tuning["feedback_scale"]) == set(plan.scales)
-    assert set(tuning["seed"]) == set(plan.tuning_seeds)
-    assert set(results["seed"]) - set(tuning["seed"]) == set(plan.test_seeds)
+# ---- the plan, by hand: a formula answers its runs ------------------------------------------------------------------
+
+BEST = {"full": -3, "none": -4, "diagonal": -2}  # the log of the rate that suits each rule
+FEW, ALL = {200, 201}, {200, 201, 202, 203}
+KNOWN = [*KEY, "val_loss", "accuracy", "status"]
+
+
+def plan_of(task, rules=tuple(BEST), scales=(1.0,), **changes) -> Plan:
+    seeds = {task: Seeds((100, 101), tuple(sorted(ALL)), len(FEW))}
+    return Plan(sweep._rules(task, rules, **changes), (1e-4, 1e-3, 1e-2), (), scales, seeds)
+
+
+def distance(cell) -> float:
+    return abs(np.log10(cell.lr) - BEST[cell.softmax_backward])
+
+
+def solves_all(cell) -> bool:
+    return True
+
+
+def answered(plan, solves=solves_all, loss=distance) -> tuple[set[Cell], list[set[Cell]]]:
+    """All runs of a plan in the end, and those of each round of a sweep."""
+    table, rounds = pd.DataFrame(columns=KNOWN).astype(KEY), []
+    while True:
+        done = sweep.cells_of(table)
+        missing = [left for stage in plan.stages(table) if (left := {*stage} - done)]
+        if not missing:
+            wanted = plan.wanted(table)
+            assert {*wanted} == done and len(wanted) == len(done), "no run is made that is not wanted in the end"
+            return done, rounds
+        rounds.append(missing[0])
+        rows = []
+        for cell in missing[0]:
+            accuracy = np.nan if cell.task == "shakespeare" else 1.0 if solves(cell) else 0.98
+            rows.append((*dataclasses.astuple(cell), loss(cell), accuracy, "ok"))
+        table = pd.DataFrame([*table.itertuples(index=False), *rows], columns=KNOWN).astype(KEY)
+
+
+def seeds_of(cells) -> dict[tuple[str, float], set[int]]:
+    """The test seeds by rule and rate."""
+    found = {}
+    for cell in cells:
+        if cell.seed >= 200:
+            found.setdefault((cell.softmax_backward, cell.lr), set()).add(cell.seed)
+    return found
+
+
+OTHERS = {("full", 1e-4): FEW, ("full", 1e-2): FEW, ("none", 1e-4): FEW, ("none", 1e-2): FEW, ("diagonal", 1e-2): FEW}
+
+
+def test_rules_are_tuned_on_the_grid_and_tested_at_the_rate_of_full_and_at_their_own():
+    cells, _ = answered(plan_of("recall"))
+    assert seeds_of(cells) == OTHERS | {("full", 1e-3): ALL, ("none", 1e-3): ALL, ("diagonal", 1e-3): ALL}
+    tuning = {(cell.softmax_backward, cell.lr, cell.seed) for cell in cells if cell.seed < 200}
+    assert tuning == {*itertools.product(BEST, (1e-4, 1e-3, 1e-2), (100, 101))}
+
+
+@pytest.mark.parametrize("task", ["recall", "shakespeare"])
+def test_what_decides_is_run_first_and_of_recall_a_few_before_the_others(task):
+    _, rounds = answered(plan_of(task))
+    tuning = {rule: {*itertools.product([rule], (1e-4, 1e-3, 1e-2), (100, 101))} for rule in BEST}
+    first, rest = ({*itertools.product(BEST, [1e-3], seeds)} for seeds in (FEW, ALL - FEW))
+    own = {(rule, lr, seed) for (rule, lr), seeds in OTHERS.items() for seed in seeds}
+    expected = [tuning["full"], first, rest, tuning["none"] | tuning["diagonal"], own]
+    if task == "shakespeare":
+        expected[1:3] = [first | rest]
+    assert [{(cell.softmax_backward, cell.lr, cell.seed) for cell in cells} for cells in rounds] == expected
+
+
+def test_where_all_have_one_best_rate_all_seeds_are_run_at_it_and_none_elsewhere():
+    cells, _ = answered(plan_of("recall"), loss=lambda cell: cell.lr)
+    assert seeds_of(cells) == {(rule, 1e-4): ALL for rule in BEST}
+
+
+@pytest.mark.parametrize("unsolved", [{"diagonal"}, {"none", "diagonal"}, {"full", "none", "diagonal"}])
+@pytest.mark.parametrize("loss", [distance, lambda cell: distance(cell) if cell.seed < 200 else np.inf])
+def test_a_rule_whose_first_few_have_not_solved_recall_is_tested_no_further(unsolved, loss):
+    """Whether they diverged or not, and whatever seeds of tuning or runs at other rates have solved."""
+    cells, _ = answered(
+        plan_of("recall"),
+        lambda cell: cell.seed < 200 or cell.lr != 1e-3 or cell.softmax_backward not in unsolved,
+        loss,
+    )
+    assert seeds_of(cells) == OTHERS | {(rule, 1e-3): FEW if rule in unsolved else ALL for rule in BEST}
+
+
+def test_one_of_the_first_few_that_solved_it_is_enough_to_go_on():
+    cells, _ = answered(plan_of("recall"), lambda cell: cell.seed in (100, 101, 201))
+    assert seeds_of(cells) == OTHERS | {(rule, 1e-3): ALL for rule in BEST}
+
+
+def test_on_shakespeare_nothing_can_be_solved_and_all_are_tested():
+    cells, _ = answered(plan_of("shakespeare"))
+    assert seeds_of(cells) == OTHERS | {(rule, 1e-3): ALL for rule in BEST}
+
+
+@pytest.mark.parametrize("arm", sweep.ARMS)
+def test_a_rule_is_compared_with_full_of_its_own_setting_and_with_none_of_the_exact_norms(arm):
+    plan = plan_of("recall", qk_norm=arm, score_scale=2.0)
+    shared = "off" if arm == "off" else "exact"
+    assert [cell.qk_norm for cell in plan.rules] == [arm, shared, arm]  # full, none, diagonal
+    full, none, diagonal = plan.rules
+    for rule in (full, diagonal):
+        assert (sweep.reference(rule, "full"), sweep.reference(rule, "none")) == (full, none)
+    assert sweep.reference(none, "none") == none
+    assert sweep.reference(none, "full") == dataclasses.replace(full, qk_norm=shared)
+
+
+@pytest.mark.parametrize("arm", sweep.ARMS)
+def test_in_every_arm_all_rules_have_all_seeds_at_the_rate_of_full(arm):
+    cells, _ = answered(plan_of("shakespeare", qk_norm=arm))
+    found = seeds_of(cells)
+    assert [found[rule, 1e-3] for rule in BEST] == [ALL] * 3 and found["none", 1e-2] == found["full", 1e-2] == FEW
+
+
+def test_the_scale_of_random_feedback_is_that_of_full_for_every_rule():
+    plan = plan_of("recall", scales=(0.5, 2.0), method="fa")
+    cells, rounds = answered(
+        plan,
+        loss=lambda cell: distance(cell) + (cell.feedback_scale == (0.5 if cell.softmax_backward == "full" else 2.0)),
+    )
+    assert {cell.feedback_scale for cell in rounds[0]} == {0.5, 2.0}
+    tried = {rule: {cell.feedback_scale for cell in cells if cell.softmax_backward == rule} for rule in BEST}
+    assert tried == {"full": {0.5, 2.0}, "none": {2.0}, "diagonal": {2.0}}
+    assert {cell.feedback_scale for cell in cells if cell.seed >= 200} == {2.0}
+    assert seeds_of(cells) == OTHERS | {(rule, 1e-3): ALL for rule in BEST}
+
+
+@pytest.mark.parametrize(
+    "best, tried", [(-4, {-5, -4, -3, -2}), (-5, {-6, -5, -4, -3, -2}), (-9, {-6, -5, -4, -3, -2})]
+)
+def test_the_grid_goes_on_where_the_best_rate_lies_at_its_end(best, tried):
+    plan = dataclasses.replace(plan_of("recall", ("full",)), more_lrs=(1e-6, 1e-1, 1e-5))
+    cells, _ = answered(plan, loss=lambda cell: abs(np.log10(cell.lr) - best))
+    assert {round(np.log10(cell.lr)) for cell in cells if cell.seed < 200} == tried
+    assert {round(np.log10(cell.lr)) for cell in cells if cell.seed >= 200} == {max(best, -6)}
+
+
+def test_where_full_has_no_rate_the_others_are_tested_at_their_own():
+    cells, _ = answered(
+        plan_of("recall"), loss=lambda cell: distance(cell) if cell.softmax_backward != "full" else np.nan
+    )
+    assert seeds_of(cells) == OTHERS
+
+
+def test_the_plans_are_those_of_the_protocol():
+    """Notebook 08, section 3."""
+    plans = [
+        plan
+        for name, plan in sweep.PLANS.items()
+        if re.fullmatch("(recall|shakespeare)-(exact|off|cut|cut_[qk])", name)
+    ]
+    assert len(plans) == 10
+    for plan in plans:
+        assert (sorted(plan.lrs), sorted(plan.more_lrs)) == ([3e-5, 1e-4, 3e-4, 1e-3, 3e-3], [1e-5, 1e-2])
+        assert plan.seeds["recall"] == ((100, 101, 102, 103), tuple(range(200, 224)), 8)
+        assert plan.seeds["shakespeare"] == ((100, 101), tuple(range(200, 208)), 5)
+        (task,) = {cell.task for cell in plan.rules}
+        assert [cell.softmax_backward for cell in plan.rules] == ["full", "none", "diagonal", "zero"]
+        usual = {"method": "bp", "attn_mode": "softmax", "score_scale": 1.0, "optimizer": "adamw"}
+        usual |= {"steps": {"recall": 3000, "shakespeare": 500}[task]}
+        assert all(getattr(cell, name) == value for cell in plan.rules for name, value in usual.items())
+    arms = [{cell.qk_norm for cell in plan.rules if cell.softmax_backward != "none"} for plan in plans]
+    assert sorted(arms, key=str) == sorted([{arm} for arm in ("exact", "off", "cut", "cut_k", "cut_q")] * 2, key=str)
+
+
+SECOND = helpers.DATA / "second_edition.csv"
+
+
+@pytest.mark.skipif(not SECOND.exists(), reason="has become a part of the table of results")
+def test_the_stored_runs_are_at_the_rates_and_seeds_of_the_plan():
+    results = load_results(SECOND)
+    for plan in sweep.PLANS.values():
+        for cell in plan.rules:
+            same = dataclasses.replace(cell, feedback_scale=1.0, lr=0.0, seed=0)
+            names = [name for name in KEY if name not in ("feedback_scale", "lr", "seed")]
+            runs = results[(results[names] == pd.Series({name: getattr(same, name) for name in names})).all(axis=1)]
+            tuning = runs["seed"].isin(helpers.TUNING_SEEDS)
+            assert set(runs["lr"]) <= {*plan.lrs, *plan.more_lrs}
+            assert set(runs["seed"][tuning]) <= set(plan.seeds[cell.task].tuning)
+            assert set(runs["seed"][~tuning]) <= set(plan.seeds[cell.task].tests)
+            results = results.drop(runs.index)
+    assert results.empty, "rows of no plan"
+
+
+# ---- the sweep: few steps on a small task --------------------------------------------------------------------------
 
 
 def test_the_same_plan_twice_writes_the_same_bytes_but_for_the_times(tmp_path):
@@ -71,46 +253,76 @@ def test_the_same_plan_twice_writes_the_same_bytes_but_for_the_times(tmp_path):
 
 
 def test_every_rule_gets_the_whole_grid_and_then_its_test_seeds_at_its_best_rate(path):
-    results = swept(path, dataclasses.replace(TWO, tuning_seeds=(100, 101)))
-    assert not results.duplicated([*KEY]).any() and len(results) == 2 * (2 * 2 + 2)
-    for _, runs in results.groupby("softmax_backward"):
-        tuning, tests = runs[runs["seed"] >= 100], runs[runs["seed"] < 100]
+    results = swept(path, dataclasses.replace(TWO, seeds={"recall": Seeds((100, 101), (200, 201), 2)}))
+    assert not results.duplicated([*KEY]).any()
+    chosen = {}
+    for rule, runs in results.groupby("softmax_backward"):
+        tuning, tests = runs[runs["seed"] < 200], runs[runs["seed"] >= 200]
         assert {*zip(tuning["lr"], tuning["seed"], strict=True)} == {*itertools.product((1e-3, 1e-2), (100, 101))}
-        assert set(tests["lr"]) == {tuning.groupby("lr")["val_loss"].mean().idxmin()} and set(tests["seed"]) == {0, 1}
-    assert helpers.provenance(results) == "12 runs: 12 by this code"
+        solved = tuning.assign(solved=tuning["accuracy"] >= 0.99).groupby("lr")[["solved", "val_loss"]].mean()
+        chosen[rule] = min(solved.index, key=lambda lr, solved=solved: (-solved["solved"][lr], solved["val_loss"][lr]))
+        assert set(tests["seed"]) == {200, 201}
+    for _, tests in results[results["seed"] >= 200].groupby("softmax_backward"):
+        assert {*zip(tests["lr"], tests["seed"], strict=True)} == {*itertools.product(chosen.values(), (200, 201))}
+    assert helpers.provenance(results) == f"{len(results)} runs: {len(results)} by this code"
     assert set(helpers.harm_table(results)["verdict"]) <= {"reference", "undecided"}
 
 
 def test_a_row_is_what_train_gives(path):
-    plan = Plan(sweep._groups("recall", ("fa",), ("ste",), steps=20), (1e-2,), (), (2.0,), (100,), (0,))
-    row = swept(path, plan).set_index("seed").loc[0]
-    config = LocalGPTConfig(vocab_size=5, **SHAPE, method="fa", softmax_backward="ste", feedback_scale=2.0)
-    run = train(config, 20, 1e-2, 4, 0, SMALL, eval_every=2, measure=symptoms, directory=None, progress=False)
-    at_end = {name: run.series(name).iloc[-1] for name in ("val_loss", "accuracy", "common_mode", "q_norm", "k_norm")}
-    whole = {name: run.series(name).mean() for name in ("cos_scores", "cos_q", "cos_k", "row_sum")}
-    for name, value in (at_end | whole).items():
-        assert row[name] == pytest.approx(value, rel=1e-5), name
-    assert [float(loss) for loss in row["curve"].split()] == pytest.approx(run.series("val_loss").tolist(), abs=1e-4)
-    choices = {"method": "fa", "softmax_backward": "ste", "attn_mode": "softmax"}
-    assert (row["status"], row["data"], row["code"]) == ("ok", SMALL.sha256[:12], row_code("recall", **choices))
+    choices = {"method": "fa", "qk_norm": "cut_k", "score_scale": 2.0, "optimizer": "sgd"}
+    plan = Plan(
+        sweep._rules("recall", ("full", "ste"), steps=20, **choices),
+        (1e-2,),
+        (),
+        (2.0,),
+        {"recall": Seeds((100,), (200,), 1)},
+    )
+    row = swept(path, plan).set_index(["softmax_backward", "seed"]).loc["ste", 200]
+    optimizer = choices.pop("optimizer")
+    config = LocalGPTConfig(vocab_size=5, **SHAPE, softmax_backward="ste", feedback_scale=2.0, **choices)
+    settings = {"eval_every": 3, "measure": symptoms, "directory": None, "progress": False, "optimizer": optimizer}
+    run = train(config, 20, 1e-2, 4, 200, SMALL, **settings)
+    at_end = ("val_loss", "accuracy", "common_mode", "q_norm", "k_norm", "entropy", "score_max")
+    whole = ("cos_scores", "cos_q", "cos_k", "row_sum", "radial_q", "radial_k")
+    assert {*at_end, *whole} == {"val_loss", "accuracy", *helpers.SYMPTOMS}
+    for name in at_end:
+        assert row[name] == pytest.approx(run.series(name).iloc[-1], rel=1e-5), name
+    for name in whole:
+        assert row[name] == pytest.approx(run.series(name).mean(), rel=1e-5), name
+    for name, metric in (("losses", "val_loss"), ("accuracies", "accuracy")):
+        stored = [float(value) for value in row[name].split()]
+        assert stored == pytest.approx(run.series(metric).tolist(), abs=1e-4) and len(stored) == 8, name
+    code = row_code("recall", "sgd", method="fa", softmax_backward="ste", attn_mode="softmax", qk_norm="cut_k")
+    assert (row["status"], row["data"], row["code"]) == ("ok", SMALL.sha256[:12], code)
     assert row["torch"] == str(torch.__version__) and row["machine"].startswith("CPU")
 
 
+def test_a_row_on_text_has_losses_and_no_accuracies(monkeypatch):
+    ids = np.random.default_rng(0).integers(0, 5, 600).astype(np.uint16)
+    itos = dict(enumerate("abcde"))
+    corpus = helpers.Corpus("letters", ids[:500], ids[500:], {c: i for i, c in itos.items()}, itos, "sha of letters")
+    monkeypatch.setattr(sweep, "load_corpus", {"letters": corpus}.get)
+    task = {"data": "letters", "batch_size": 4, "steps": 3, "eval_every": 2, "shape": SHAPE}
+    monkeypatch.setitem(TASKS, "shakespeare", task)
+    row = sweep._run(dataclasses.replace(CELL, task="shakespeare", steps=3), "cpu")
+    assert len(row["losses"].split()) == 3 and row["accuracies"] == "" and "accuracy" not in row
+
+
 def test_the_scale_of_random_feedback_is_chosen_for_the_exact_softmax_alone(path):
-    plan = Plan(sweep._groups("recall", ("fa",), ("full", "ste"), steps=2), (1e-2,), (), (0.5, 2.0), (100,), (0,))
-    results = swept(path, plan)
+    rules = sweep._rules("recall", ("full", "ste"), "fa", steps=2)
+    results = swept(path, Plan(rules, (1e-2,), (), (0.5, 2.0), {"recall": Seeds((100,), (200,), 1)}))
     full, ste = (results[results["softmax_backward"] == rule] for rule in ("full", "ste"))
     best = full[full["seed"] == 100].set_index("feedback_scale")["val_loss"].idxmin()
     assert set(full["feedback_scale"]) == {0.5, 2.0} and len(full) == 3
-    assert set(ste["feedback_scale"]) == {best} == set(results.loc[results["seed"] == 0, "feedback_scale"])
+    assert set(ste["feedback_scale"]) == {best} == set(results.loc[results["seed"] == 200, "feedback_scale"])
 
 
 def test_a_run_that_diverges_is_a_row_and_the_grid_goes_on(path):
-    groups = sweep._groups("recall", ("bp",), ("full", "diagonal"), steps=3)
-    results = swept(path, dataclasses.replace(PLAN, groups=groups, lrs=(1e-2, 1e30)))
+    rules = sweep._rules("recall", ("full", "diagonal"), steps=3)
+    results = swept(path, dataclasses.replace(PLAN, rules=rules, lrs=(1e-2, 1e30)))
     diverged = results[results["lr"] == 1e30]
     assert set(diverged["status"]) == {"diverged"} and np.isposinf(diverged["val_loss"]).all() and len(diverged) == 2
-    assert set(results.loc[results["seed"] < 100, "lr"]) == {1e-2}
+    assert set(results.loc[results["seed"] >= 200, "lr"]) == {1e-2}
 
 
 def test_a_run_that_fails_is_a_row_that_decides_nothing(path, monkeypatch, capsys):
@@ -123,7 +335,8 @@ def test_a_run_that_fails_is_a_row_that_decides_nothing(path, monkeypatch, capsy
     results = swept(path)
     failed = results[results["softmax_backward"] == "diagonal"]
     assert set(failed["status"]) == {"failed: MemoryError"} and failed["val_loss"].isna().all()
-    assert (failed["seed"] >= 100).all(), "without a rate there is nothing to test at"
+    full = results[(results["softmax_backward"] == "full") & (results["seed"] == 100)].set_index("lr")
+    assert set(failed["lr"][failed["seed"] >= 200]) == {full["val_loss"].idxmin()}, "it has no rate of its own"
     verdicts = helpers.harm_table(results).set_index("rule")["verdict"]
     assert verdicts["diagonal"] == "missing" and verdicts["none"] in ("reference", "undecided")
     assert "MemoryError" in capsys.readouterr().err
@@ -170,15 +383,26 @@ def test_the_command_runs_its_plan_into_its_table_and_says_how_many_failed(path,
     def fails(*args, **kwargs):
         raise MemoryError
 
-    monkeypatch.setitem(sweep.PLANS, "small", TWO)
+    monkeypatch.setattr(sweep, "SMALL", TWO)
     monkeypatch.setattr(sys, "argv", ["sweep.py", "--plan", "small", "--results", str(path), "--jobs", "1"])
     sweep.main()
-    assert capsys.readouterr().out == f"{path}: 8 runs, nothing missing\n" and len(load_results(path)) == 8
+    runs = load_results(path)
+    assert capsys.readouterr().out == f"{path}: {len(runs)} runs, nothing missing\n"
+    assert sweep.cells_of(runs) == {*TWO.wanted(runs)}
     path.unlink()
     monkeypatch.setattr(sweep, "train", fails)
     sweep.main()
     assert capsys.readouterr().out == f"{path}: 4 runs, 4 of them failed\n"
     monkeypatch.undo()
+
+
+def test_the_command_without_a_plan_runs_all_but_the_small_one(path, monkeypatch):
+    names = []
+    monkeypatch.setattr(sweep, "sweep", lambda plan, results, jobs, device, name: names.append((name, plan)))
+    monkeypatch.setattr(sys, "argv", ["sweep.py", "--results", str(path)])
+    path.write_text(f"{','.join(helpers.COLUMNS)}\n")
+    sweep.main()
+    assert names == [*sweep.PLANS.items()] and "small" not in sweep.PLANS
 
 
 def test_a_group_that_other_code_has_made_is_left_as_it_is(path, capsys):
@@ -188,16 +412,15 @@ def test_a_group_that_other_code_has_made_is_left_as_it_is(path, capsys):
     for other in ("0123456789ab", ""):
         path.write_text(text.replace(code, other))
         before = path.read_bytes()
-        both = TWO.groups + sweep._groups("recall", ("bp",), ("full",), steps=2)
-        swept(path, dataclasses.replace(PLAN, groups=both))
+        swept(path, dataclasses.replace(PLAN, rules=TWO.rules + sweep._rules("recall", ("full",), steps=2)))
         after = path.read_bytes()
         assert after.startswith(before) and all(b",2," in line for line in after[len(before) :].splitlines())
         assert len(after) > len(before), "other groups are made"
-        assert "left as other code made it: recall, bp, softmax, 1" in capsys.readouterr().err
+        assert "left as other code made it: recall, bp, softmax, off, 1.0, adamw, 1 (" in capsys.readouterr().err
 
 
 def test_a_row_is_added_once_and_only_by_this_code(path):
-    swept(path, dataclasses.replace(PLAN, groups=PLAN.groups[:1]))
+    swept(path, ONE)
     row = sweep._run(CELL, "cpu")
     path.chmod(0o664)
     before = path.read_text()
@@ -207,17 +430,17 @@ def test_a_row_is_added_once_and_only_by_this_code(path):
     assert oct(path.stat().st_mode & 0o777) == "0o664"
     assert not [p for p in path.parent.iterdir() if p.name.endswith(helpers.PART)]
     with pytest.raises(RuntimeError, match="start the sweep again"):
-        sweep.append(row | {"seed": 1, "code": "0123456789ab"}, path)
+        sweep.append(row | {"seed": 201, "code": "0123456789ab"}, path)
     assert path.read_text().count("\n") == before.count("\n") + 1
 
 
 def test_a_rate_comes_back_from_the_file_as_it_was(path):
-    results = swept(path, dataclasses.replace(PLAN, groups=PLAN.groups[:1], lrs=(1 / 3,)))
+    results = swept(path, dataclasses.replace(ONE, lrs=(1 / 3,)))
     assert set(results["lr"]) == {1 / 3} and len(results) == 3
 
 
 def test_a_run_that_another_process_is_at_or_has_made_is_passed_over(path):
-    swept(path, dataclasses.replace(PLAN, groups=PLAN.groups[:1]))
+    swept(path, ONE)
     done = next(iter(sweep.cells_of(load_results(path))))
     assert sweep.run(done, "cpu", path) is None
     before = {*(path.parent / ".locks").iterdir()}
@@ -230,11 +453,14 @@ def test_a_run_that_another_process_is_at_or_has_made_is_passed_over(path):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"tuning_seeds": (99,)}, "tuning seeds start at 100"),
-        ({"test_seeds": (0, 100)}, "test seeds end below"),
-        ({"tuning_seeds": ()}, "no seeds"),
-        ({"test_seeds": ()}, "no seeds"),
+        ({"seeds": {"recall": Seeds((99,), (200,), 1)}}, "seeds that tune"),
+        ({"seeds": {"recall": Seeds((200,), (201,), 1)}}, "seeds that tune"),
+        ({"seeds": {"recall": Seeds((100,), (0, 100), 1)}}, "no test is"),
+        ({"seeds": SEEDS | {"shakespeare": Seeds((100,), (199,), 1)}}, "no test is"),
+        ({"seeds": {"recall": Seeds((), (200,), 1)}}, "no seeds"),
+        ({"seeds": {"recall": Seeds((100,), (), 1)}}, "no seeds"),
         ({"lrs": ()}, "empty grid"),
+        ({"scales": ()}, "empty grid"),
     ],
 )
 def test_seeds_that_choose_are_never_those_that_judge(change, words):
@@ -243,15 +469,18 @@ def test_seeds_that_choose_are_never_those_that_judge(change, words):
 
 
 def test_all_plans_name_runs_that_the_model_can_make():
-    nothing = pd.DataFrame(columns=[*KEY, "val_loss"]).astype(KEY)
-    for name, plan in sweep.PLANS.items():
-        for cell in plan.wanted(nothing, guess=True):
-            choices = {registry: getattr(cell, registry) for registry in helpers.REGISTRIES}
-            assert LocalGPTConfig(**choices) and cell.task in TASKS, name
+    nothing = pd.DataFrame(columns=KNOWN).astype(KEY)
+    names = {field.name for field in dataclasses.fields(LocalGPTConfig)}.intersection(KEY)
+    for name, plan in (sweep.PLANS | {"small": sweep.SMALL}).items():
+        cells = plan.wanted(nothing, guess=True)
+        assert {cell.seed in helpers.TUNING_SEEDS for cell in cells} == {True, False}, name
+        for cell in cells:
+            assert LocalGPTConfig(**{choice: getattr(cell, choice) for choice in names}), name
+            assert cell.task in TASKS and cell.optimizer in helpers.OPTIMIZERS, name
 
 
 def test_a_worker_watches_the_process_that_started_it_and_no_other(path, monkeypatch):
-    swept(path, dataclasses.replace(PLAN, groups=PLAN.groups[:1]))
+    swept(path, ONE)
     done, watched = next(iter(sweep.cells_of(load_results(path)))), []
     monkeypatch.setattr(sweep, "_end_with", watched.append)
     for parent in (None, os.getpid(), os.getppid()):

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import helpers
 import model_local
-from helpers import Corpus, RecallTask, evaluate, save_atomically, train, twin
+from helpers import OPTIMIZERS, Corpus, RecallTask, evaluate, save_atomically, train, twin
 from model_local import LocalGPT, LocalGPTConfig
 
 TINY = LocalGPTConfig(block_size=4, vocab_size=5, n_layer=1, n_head=2, n_embd=8, method="bp")
@@ -72,6 +72,104 @@ def test_a_step_is_adamw_on_the_mean_loss_with_weight_decay(short, corpus):
         for name, value in run.at(step).named_parameters():
             torch.testing.assert_close(model.get_parameter(name).data, value.data, rtol=1e-5, atol=1e-6)
         assert run.series("train_loss")[step] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_sgd_is_steps_along_a_momentum(short, corpus):
+    run = short(steps=3, eval_every=1, lr=0.5, seed=3, optimizer="sgd")
+    torch.manual_seed(3)
+    model = LocalGPT(TINY)
+    batches, momenta = torch.Generator().manual_seed(3), {}
+    for step in (1, 2, 3):
+        model.zero_grad()
+        model(*corpus.batch(4, 3, batches, "cpu"))[1].backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                momenta[p] = 0.9 * momenta.get(p, 0) + p.grad
+                p -= 0.5 * momenta[p]
+        for name, value in run.at(step).named_parameters():
+            torch.testing.assert_close(model.get_parameter(name).data, value.data, rtol=1e-5, atol=1e-6)
+    assert not equal(weights(run.model), weights(short(steps=3, lr=0.5, seed=3).model))
+
+
+FACTORS = {"qk_rate_0.3": 0.3, "qk_rate_0.1": 0.1, "qk_rate_0.03": 0.03}  # of the rate of W_q and W_k
+PULLS = {"qk_fixed": 1.0, "qk_slow": 0.01}  # the share of the way back to the norm, in logarithms
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_is_its_steps_by_hand(name):
+    """On made-up gradients, now of a norm far above 1 and now below it, for 20 steps, of which 2 are a tenth."""
+    torch.manual_seed(0)
+    model = LocalGPT(dataclasses.replace(TINY, n_layer=2)).double()
+    optimizer, random = OPTIMIZERS[name](model, 0.01, 20), torch.Generator().manual_seed(1)
+    hand = {part: p.detach().clone() for part, p in model.named_parameters()}
+    start = {part: p.clone() for part, p in hand.items()}
+    moments, own = {}, [part for part in hand if "q_proj" in part or "k_proj" in part]
+    assert len(own) == 4
+    for step in range(1, 21):
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=random, dtype=torch.float64) * (3 if step % 2 else 0.01)
+        grads = {part: p.grad.clone() for part, p in model.named_parameters()}
+        norm = math.sqrt(sum((grad**2).sum().item() for grad in grads.values()))
+        assert (norm > 1) == (step % 2 == 1)
+        optimizer.step()
+        for part, p in hand.items():
+            grad = grads[part] / max(1, norm) if name == "clip" else grads[part]
+            rate, decay = 0.01, 0.01
+            if name == "schedule":
+                rate *= step / 2 if step <= 2 else 0.1 + 0.9 * (1 + math.cos(math.pi * (step - 3) / 18)) / 2
+            if part in own:
+                rate, decay = rate * FACTORS.get(name, 1), 1.0 if name == "qk_decay" else 0.01
+            m, v = moments.get(part, (0, 0))
+            if name == "sgd":
+                moments[part] = m, v = 0.9 * m + grad, 0
+                p -= rate * m
+            else:
+                moments[part] = m, v = 0.9 * m + 0.1 * grad, 0.999 * v + 0.001 * grad**2
+                p *= 1 - rate * decay
+                p -= rate * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
+            if part in own and name in PULLS:
+                p *= torch.exp(PULLS[name] * (torch.log(start[part].norm()) - torch.log(p.norm())))
+            torch.testing.assert_close(model.get_parameter(part).data, p, rtol=1e-6, atol=1e-9, msg=f"{part}, {step}")
+    for part in own:
+        weight, norm = model.get_parameter(part).data, start[part].norm().item()
+        assert (weight - start[part]).norm() > 0.01 * norm
+        assert (weight.norm().item() == pytest.approx(norm, rel=1e-12)) == (name == "qk_fixed")
+
+
+def test_the_schedule_s_rate_rises_for_a_tenth_and_falls_to_a_tenth():
+    model = LocalGPT(TINY)
+    optimizer, rates = OPTIMIZERS["schedule"](model, 2.0, 40), []
+    for _ in range(40):
+        optimizer.step()  # without gradients no weight moves
+        (group,) = optimizer.param_groups
+        rates.append(group["lr"])
+    assert rates[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0]) and rates[4] == 2.0 == max(rates)
+    assert rates[22] == pytest.approx(1.1) and rates[39] == pytest.approx(0.2, abs=0.01)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+
+
+def test_train_gives_its_optimizer_the_model_the_rate_and_the_number_of_steps(short, monkeypatch):
+    def halved(model, lr, steps):
+        assert isinstance(model, LocalGPT)
+        return torch.optim.SGD(model.parameters(), lr / steps)
+
+    monkeypatch.setitem(OPTIMIZERS, "mine", halved)
+    one, other = short(optimizer="mine", lr=0.4, steps=4), short(optimizer="mine", lr=0.2, steps=2)
+    assert equal(weights(one.at(2)), weights(other.at(2))) and not equal(weights(one.at(0)), weights(one.at(2)))
+
+
+def code_of_ids(model, x, y):
+    """The ids of a batch as digits of one number."""
+    return {("ids", ""): (x.flatten() * 5 ** torch.arange(x.numel())).sum().item()}
+
+
+def test_the_batch_that_is_measured_is_the_same_in_every_run_and_no_run_s_first(short, corpus):
+    measured, first = [], []
+    for seed in range(4):
+        measured += short(seed=seed, measure=code_of_ids).series("ids").tolist()
+        x, y = corpus.batch(4, 3, torch.Generator().manual_seed(seed), "cpu")
+        first.append(code_of_ids(None, x, y)["ids", ""])
+    assert len({*measured}) == 1 and len({*first}) == 4 and not {*measured} & {*first}
 
 
 def test_the_training_loss_is_the_mean_over_its_interval(short):
@@ -197,6 +295,18 @@ def test_cosines_of_gradients_are_by_parameter_and_leave_grad_alone():
     assert set(found) - set(silent) == {"blocks.0.attn.q_proj.weight", "blocks.0.attn.k_proj.weight"}
 
 
+def test_an_alignment_is_with_exact_backpropagation_through_the_norms_too():
+    x = torch.randint(5, (3, 4), generator=torch.Generator().manual_seed(0))
+    found = {}
+    for arm in model_local.QK_NORM:
+        torch.manual_seed(0)
+        model = LocalGPT(dataclasses.replace(TINY, qk_norm=arm))
+        cosines = {name.split(".")[-2]: cosine for (_, name), cosine in helpers.alignment(model, x, x).items()}
+        assert cosines["v_proj"] == pytest.approx(1) == cosines["lm_head"], arm
+        found[arm] = [name for name in "qk" if cosines[f"{name}_proj"] < 0.99]
+    assert found == {"off": [], "exact": [], "cut": ["q", "k"], "cut_q": ["q"], "cut_k": ["k"]}
+
+
 # ---- checkpoints ---------------------------------------------------------------------------------------------------
 
 
@@ -215,6 +325,9 @@ def test_a_finished_run_is_loaded_and_not_trained_again(short, tmp_path):
         {"seed": 1}, {"lr": 2e-3}, {"batch_size": 4}, {"steps": 3}, {"eval_every": 1},
         {"config": dataclasses.replace(TINY, softmax_backward="ste")},
         {"config": dataclasses.replace(TINY, dropout=0.1)},
+        {"config": dataclasses.replace(TINY, qk_norm="cut")},
+        {"config": dataclasses.replace(TINY, score_scale=2.0)},
+        {"optimizer": "sgd"},
         {"measure": helpers.symptoms},
         {"measure": functools.partial(helpers.alignment)},
     ],
@@ -258,9 +371,15 @@ def interrupt_after(count, monkeypatch):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("method, rule", [("fa", "running"), ("dfa", "full")])
-def test_a_resumed_run_ends_like_one_that_was_never_interrupted(short, tmp_path, monkeypatch, count, method, rule):
+@pytest.mark.parametrize(
+    "optimizer, method, rule",
+    [("adamw", "fa", "running"), ("adamw", "dfa", "full")] + [(name, "bp", "full") for name in OPTIMIZERS],
+)
+def test_a_resumed_run_ends_like_one_that_was_never_interrupted(
+    short, tmp_path, monkeypatch, count, optimizer, method, rule
+):
     settings = {"config": dataclasses.replace(TINY, method=method, softmax_backward=rule, dropout=0.3), "steps": 5}
+    settings |= {"optimizer": optimizer, "lr": 0.01}
     whole = short(**settings, directory=None)
     interrupt_after(count, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
@@ -461,6 +580,7 @@ def not_pairs(model, x, y):
         *[({"data": bad}, "neither a corpus nor a task") for bad in ([], "shakespeare_char", 0, False)],
         ({"data": RecallTask()}, "vocab_size"),
         *[({"device": bad}, "device=.* unknown to PyTorch") for bad in ("gpu", 1.5)],
+        *[({"optimizer": bad}, "optimizer=.* one of adamw, sgd, ") for bad in ("adam", None, ["sgd"], helpers.sgd)],
         *[({"measure": bad}, "no fingerprint|no function") for bad in (lambda m, x, y: {}, None)],
         *[({"measure": bad}, "a dict of numbers by") for bad in (not_a_dict, not_numbers, not_pairs)],
     ],
