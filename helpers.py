@@ -1452,9 +1452,10 @@ def mending(results: pd.DataFrame) -> pd.DataFrame:
 
     All are judged at the rate of ``full``. A rule is *mended* if the interval of its share of recall solved lies above
     ``MOST``, that of the difference from the share of ``full`` above ``BEHIND``, and that of its harm on Shakespeare
-    ends at or below ``TOLERABLE``; *not mended* if one of the three lies wholly on the other side; else *undetermined*;
-    *missing* where there are no runs. ``recall`` is this verdict without the harm, ``both`` with it. Intervals are of
-    95 %; the verdicts hold for all rules of a setting together, by Holm's (1979) method, see ``_level``.
+    ends at or below ``TOLERABLE``; *not mended* if one of the three lies wholly on the other side; *missing* where
+    there are no runs, or one of them failed; else *undetermined*. ``recall`` is this verdict without the harm, ``both``
+    with it. Intervals are of 95 %; the verdicts hold for all rules of a setting together, by Holm's (1979) method, see
+    ``_level``.
     """
     setting = [name for name in GROUP if name not in ("task", "steps")]
     cases: dict[tuple, dict[str, Judged]] = {}
@@ -1466,7 +1467,8 @@ def mending(results: pd.DataFrame) -> pd.DataFrame:
     for key, tasks in cases.items():
         row = dict(zip([*setting, "rule"], key, strict=True))
         recall, losses = tasks.get("recall"), tasks["shakespeare"].losses() if "shakespeare" in tasks else None
-        known = recall is not None and len(recall.runs) and len(recall.full)
+        parts = [recall.runs, recall.full] if recall else []
+        known = parts and all(len(part) and part["val_loss"].notna().all() for part in parts)
         if known:
             row |= dict(zip(("solved", "seeds", "full_solved", "full_seeds"), recall.solved, strict=True))
             row["low"], row["high"] = share_interval(*recall.solved[:2])
@@ -1480,7 +1482,7 @@ def mending(results: pd.DataFrame) -> pd.DataFrame:
             row["both"], row["level_both"] = _level(recall.solved, losses)
         rows.append(row)
     table = pd.DataFrame(rows)
-    for verdict in ("recall", "both"):
+    for verdict in ("recall", "both") if rows else ():
         held = table.groupby(setting, sort=False)[f"level_{verdict}"].transform(_holm)
         table[verdict] = table[verdict].where(held | (table[verdict] == "missing"), "undetermined")
     return table
