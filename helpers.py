@@ -1447,20 +1447,21 @@ def share_difference(
 MOST, BEHIND = 0.5, -0.25  # bounds on the share solved, and on how far it may be behind full's; fixed before the runs
 
 
-def mending(results: pd.DataFrame) -> pd.DataFrame:
-    """Which rules a setting mends, by the protocol of notebook 08: one row a rule within its setting.
+def mending(results: pd.DataFrame, rules: Iterable[str] = ("diagonal", "zero")) -> pd.DataFrame:
+    """Which ``rules`` a setting mends, by the protocol of notebook 08: one row a rule within its setting.
 
     All are judged at the rate of ``full``. A rule is *mended* if the interval of its share of recall solved lies above
     ``MOST``, that of the difference from the share of ``full`` above ``BEHIND``, and that of its harm on Shakespeare
     ends at or below ``TOLERABLE``; *not mended* if one of the three lies wholly on the other side; *missing* where
     there are no runs, or one of them failed; else *undetermined*. ``recall`` is this verdict without the harm, ``both``
-    with it. Intervals are of 95 %; the verdicts hold for all rules of a setting together, by Holm's (1979) method, see
-    ``_level``.
+    with it. Intervals are of 95 %; the verdicts hold for all ``rules`` of a setting together, by Holm's (1979) method,
+    see ``_level``.
     """
+    rules = tuple(rules)
     setting = [name for name in GROUP if name not in ("task", "steps")]
     cases: dict[tuple, dict[str, Judged]] = {}
     for case in judged(results, at="full"):
-        if case.rule not in ("full", "none") and case.group["steps"] == TASKS[case.group["task"]]["steps"]:
+        if case.rule in rules and case.group["steps"] == TASKS[case.group["task"]]["steps"]:
             key = *(case.group[name] for name in setting), case.rule
             cases.setdefault(key, {})[case.group["task"]] = case
     rows = []

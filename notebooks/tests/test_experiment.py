@@ -705,18 +705,21 @@ def test_what_holds_for_one_rule_alone_may_not_hold_for_one_of_several():
         ({"zero": alone, "ste": sure}, "mended"),  # the surer one takes the smaller share of the error
         ({"zero": alone, "ste": sure, "mean": open_}, "undetermined"),
     ):
-        verdicts = mending(arm(rules, (12, 24))).set_index("rule")
+        verdicts = mending(arm(rules, (12, 24)), rules).set_index("rule")
         assert verdicts.loc["zero", "recall"] == verdicts.loc["zero", "both"] == expected
         assert "ste" not in rules or verdicts.loc["ste", "recall"] == (
             "mended" if rules["ste"] == sure else "undetermined"
         )
+    (row,) = mending(arm({"zero": alone, "ste": open_}, (12, 24))).itertuples()  # ste is not of the family
+    assert (row.rule, row.recall) == ("zero", "mended")
 
 
 def test_each_setting_is_judged_by_itself_and_by_runs_of_the_protocol_s_length():
     alone, open_ = (17, 24, 0.05), (14, 24, 0.05)
     parts = [arm({"zero": alone}, (12, 24)), arm({"zero": open_}, (12, 24), qk_norm="exact")]
     parts += [arm({"zero": open_, "mean": open_}, optimizer="sgd"), arm({"ste": open_}, full=(12, 24)).assign(steps=10)]
-    verdicts = mending(pd.concat(parts, ignore_index=True)).set_index(["qk_norm", "optimizer", "rule"])["recall"]
+    verdicts = mending(pd.concat(parts, ignore_index=True), ("zero", "mean", "ste"))
+    verdicts = verdicts.set_index(["qk_norm", "optimizer", "rule"])["recall"]
     assert verdicts.to_dict() == {
         ("off", "adamw", "zero"): "mended",
         ("exact", "adamw", "zero"): "undetermined",
