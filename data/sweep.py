@@ -1,4 +1,4 @@
-"""Fill in the table of runs behind the verdict, data/results.csv: one row a run, only what is missing.
+"""Fill in the table of runs of the second edition, data/second_edition.csv: one row a run, only what is missing.
 
     python data/sweep.py                       all runs of the plan, on this machine's cores
     python data/sweep.py --scheduler ADDRESS   the same, on a dask cluster (pip install distributed)
@@ -44,7 +44,7 @@ from helpers import (
     KEY,
     MAKERS,
     OUTCOMES,
-    RESULTS,
+    SECOND_EDITION,
     SOLVED,
     TASKS,
     TUNING_SEEDS,
@@ -222,7 +222,7 @@ SMALL = Plan(_rules("recall", ("full", "none"), steps=20), lrs=(1e-3,), more_lrs
 # ---- one run -------------------------------------------------------------------------------------------------------
 
 
-def run(cell: Cell, device: str = "cpu", results: Path = RESULTS, parent: int | None = None) -> dict | None:
+def run(cell: Cell, device: str = "cpu", results: Path = SECOND_EDITION, parent: int | None = None) -> dict | None:
     """Train one cell and return its row; None where another process is at it, or was since the list was made.
 
     ``parent`` is the process that asks: where it is the one that started this one, they end together.
@@ -325,7 +325,7 @@ def append(row: dict, results: Path) -> None:
         save_atomically(results, lambda file: file.write(f"{text}{line.getvalue()}".encode()))
 
 
-def sweep(plan: Plan, results: Path = RESULTS, jobs: int = -1, device: str = "cpu", name: str = "sweep") -> None:
+def sweep(plan: Plan, results: Path = SECOND_EDITION, jobs: int = -1, device: str = "cpu", name: str = "sweep") -> None:
     """Run what is missing, stage by stage (tuning, then tests), through joblib's back end of the moment."""
     results = results.resolve()  # a worker may be elsewhere
     results.parent.mkdir(parents=True, exist_ok=True)
@@ -373,7 +373,7 @@ def sweep(plan: Plan, results: Path = RESULTS, jobs: int = -1, device: str = "cp
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", choices=["all", *PLANS, "small"], default="all")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the table to fill in")
+    parser.add_argument("--results", type=Path, default=SECOND_EDITION, help="the table to fill in")
     parser.add_argument("--jobs", type=int, default=-1, help="runs side by side (default: one a core)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--scheduler", metavar="ADDRESS", help="a dask scheduler, for instance tcp://10.0.0.1:8786")
