@@ -212,7 +212,6 @@ def _rules(task: str, rules: Iterable[str], method: str = "bp", **changes) -> tu
 DECIDING = ("full", "none", "diagonal", "zero")
 ARMS = ("exact", "off", "cut", "cut_k", "cut_q")
 
-# one after the other: first what decides
 PLANS = {
     f"{task}-{arm}": Plan(_rules(task, DECIDING, qk_norm=arm)) for task in ("recall", "shakespeare") for arm in ARMS
 }
@@ -325,8 +324,15 @@ def append(row: dict, results: Path) -> None:
         save_atomically(results, lambda file: file.write(f"{text}{line.getvalue()}".encode()))
 
 
-def sweep(plan: Plan, results: Path = SECOND_EDITION, jobs: int = -1, device: str = "cpu", name: str = "sweep") -> None:
-    """Run what is missing, stage by stage (tuning, then tests), through joblib's back end of the moment."""
+def sweep(
+    plan: Plan,
+    results: Path = SECOND_EDITION,
+    jobs: int = -1,
+    device: str = "cpu",
+    name: str = "sweep",
+    until: int | None = None,
+) -> None:
+    """Run what is missing, stage by stage (``until`` which? all), through joblib's back end of the moment."""
     results = results.resolve()  # a worker may be elsewhere
     results.parent.mkdir(parents=True, exist_ok=True)
     if not results.exists():
@@ -346,7 +352,7 @@ def sweep(plan: Plan, results: Path = SECOND_EDITION, jobs: int = -1, device: st
             done, everything = cells_of(table), guess(table)
             bar.total = len(everything)
             bar.update(len(done & everything) - bar.n)  # by others as well
-            for stage in plan.stages(table):
+            for stage in plan.stages(table)[:until]:
                 cells = [cell for cell in dict.fromkeys(stage) if cell not in done and group_of(cell) not in others]
                 if cells:
                     break
@@ -386,9 +392,10 @@ def main() -> None:
         where = joblib.parallel_config(backend="dask")
     try:
         with where:
-            for name, plan in (PLANS | {"small": SMALL}).items():
-                if args.plan == name or (args.plan == "all" and name in PLANS):
-                    sweep(plan, args.results, args.jobs, args.device, name)
+            plans = PLANS if args.plan == "all" else {args.plan: (PLANS | {"small": SMALL})[args.plan]}
+            for until in (2, None):  # what decides comes first, in every plan
+                for name, plan in plans.items():
+                    sweep(plan, args.results, args.jobs, args.device, name, until)
     except KeyboardInterrupt:
         sys.exit("interrupted: finished runs are in the table, call again to go on")
     table = load_results(args.results)

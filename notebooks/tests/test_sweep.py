@@ -396,13 +396,24 @@ def test_the_command_runs_its_plan_into_its_table_and_says_how_many_failed(path,
     monkeypatch.undo()
 
 
-def test_the_command_without_a_plan_runs_all_but_the_small_one(path, monkeypatch):
+def test_the_command_without_a_plan_runs_all_but_the_small_one_and_first_what_decides(path, monkeypatch):
     names = []
-    monkeypatch.setattr(sweep, "sweep", lambda plan, results, jobs, device, name: names.append((name, plan)))
+    monkeypatch.setattr(sweep, "sweep", lambda plan, results, jobs, device, *named: names.append((*named, plan)))
     monkeypatch.setattr(sys, "argv", ["sweep.py", "--results", str(path)])
     path.write_text(f"{','.join(helpers.COLUMNS)}\n")
     sweep.main()
-    assert names == [*sweep.PLANS.items()] and "small" not in sweep.PLANS
+    assert names == [(name, until, plan) for until in (2, None) for name, plan in sweep.PLANS.items()]
+    assert "small" not in sweep.PLANS
+
+
+def test_a_sweep_until_a_stage_leaves_the_later_ones(path):
+    rules = sweep._rules("recall", ("full", "zero"), steps=1)
+    plan = Plan(rules, lrs=(1e-3,), more_lrs=(), seeds={"recall": sweep.Seeds((100,), (200,), 1)})
+    for until, runs in ((1, {("full", 100)}), (2, {("full", 200), ("zero", 200)}), (None, {("zero", 100)})):
+        before = sweep.cells_of(load_results(path)) if path.exists() else set()
+        sweep.sweep(plan, path, jobs=1, until=until)
+        added = sweep.cells_of(load_results(path)) - before
+        assert {(cell.softmax_backward, cell.seed) for cell in added} == runs
 
 
 def test_a_group_that_other_code_has_made_is_left_as_it_is(path, capsys):
