@@ -1476,7 +1476,7 @@ def mending(results: pd.DataFrame, rules: Iterable[str] = ("diagonal", "zero")) 
             row["low"], row["high"] = share_interval(*recall.solved[:2])
             row["behind_low"], row["behind_high"] = share_difference(*recall.solved)
         if losses:
-            row |= {"harm": harm(*losses).harm, "harm_low": harm(*losses).low, "harm_high": harm(*losses).high}
+            row |= dict(zip(("harm", "harm_low", "harm_high"), harm(*losses), strict=False))  # without its verdict
         row |= {"recall": "missing", "level_recall": 1.0, "both": "missing", "level_both": 1.0}
         if known:
             row["recall"], row["level_recall"] = _level(recall.solved, None)
@@ -1664,7 +1664,13 @@ def plot_harm(table: pd.DataFrame) -> np.ndarray:
     colors = {"tolerable": COLORS["sign_sym"], "costly": "#9A6700", "catastrophic": COLORS["offdiag"]}
     colors["undetermined"] = "#777777"
     markers = {"tolerable": "o", "costly": "s", "catastrophic": "X", "undetermined": "D"}  # not by colour alone
-    usual = LocalGPTConfig()
+    usual = dataclasses.asdict(LocalGPTConfig()) | {"optimizer": "adamw"}
+    unusual = {
+        "attn_mode": "{} attention",
+        "qk_norm": "qk_norm {}",
+        "score_scale": "scores times {:g}",
+        "optimizer": "{}",
+    }
     for ax, (values, part) in zip(axes, groups, strict=True):
         group = dict(zip(GROUP, values, strict=True))
         part = part.sort_values("harm", ascending=False)
@@ -1687,10 +1693,7 @@ def plot_harm(table: pd.DataFrame) -> np.ndarray:
         ax.set_yticks(range(len(part)), part["rule"])
         ax.set_ylim(-0.6, len(part) - 0.4)
         words = [group["task"], group["method"]]
-        words += [f"{group['attn_mode']} attention"] * (group["attn_mode"] != usual.attn_mode)
-        words += [f"qk_norm {group['qk_norm']}"] * (group["qk_norm"] != usual.qk_norm)
-        words += [f"scores times {group['score_scale']:g}"] * (group["score_scale"] != usual.score_scale)
-        words += [group["optimizer"]] * (group["optimizer"] != "adamw")
+        words += [said.format(group[name]) for name, said in unusual.items() if group[name] != usual[name]]
         ax.set_title(f"{', '.join(words)}, {group['steps']:,} steps", fontsize="small")
     axes[-1].margins(x=0.2)
     axes[-1].set_xlabel("harm (0: full, 1: Q and K never trained)")

@@ -75,6 +75,11 @@ class Seeds(NamedTuple):
     tests: tuple[int, ...]
     few: int
 
+    @property
+    def first(self) -> tuple[int, ...]:
+        """The few."""
+        return self.tests[: self.few]
+
 
 SEEDS = {
     "recall": Seeds(tuple(range(100, 104)), tuple(range(200, 224)), 8),
@@ -140,38 +145,42 @@ class Plan:
         best: dict[Cell, Settings] = {}  # by rule, for those that are tuned
         for rule in sorted(self.rules, key=lambda rule: rule.softmax_backward != "full"):
             full = reference(rule, "full")
-            scales = self.scales if rule == full and rule.method == "fa" else (1.0,)
-            if rule != full and rule.method == "fa":
-                if full not in best:
-                    continue
+            if rule.method != "fa":
+                scales: tuple[float, ...] = (1.0,)
+            elif rule == full:
+                scales = self.scales
+            elif full in best:
                 scales = (best[full].feedback_scale,)
+            else:
+                continue
             tuning, settings = self._tune(rule, scales, results)
             (first if rule == full else others).extend(tuning)
             if settings or guess:
                 best[rule] = settings or Settings(scales[0], self.lrs[0], math.nan)
         for rule in self.rules:
-            compared = [other for other in (rule, *map(reference, [rule] * 2, ("full", "none"))) if other in self.rules]
-            for at in (reference(rule, "full"), rule):
-                if at not in best:
-                    continue
+            full, none = reference(rule, "full"), reference(rule, "none")
+            for at in {full, rule} & best.keys():
                 settings = {"feedback_scale": best[at].feedback_scale, "lr": best[at].lr}
-                for cell in (dataclasses.replace(other, **settings) for other in compared):
-                    seeds = self.seeds[cell.task].tests[: self.seeds[cell.task].few]
-                    stage = few
-                    if at == reference(rule, "full"):
+                for other in (rule, full, none):
+                    if other not in self.rules:
+                        continue
+                    cell = dataclasses.replace(other, **settings)
+                    if at == full:
                         seeds, stage = self._deciding(cell, results, guess), deciding
+                    else:
+                        seeds, stage = self.seeds[cell.task].first, few
                     stage += [dataclasses.replace(cell, seed=seed) for seed in seeds]
         return first, deciding, others, few
 
     def _deciding(self, cell: Cell, results: pd.DataFrame, guess: bool) -> tuple[int, ...]:
         """The test seeds of a rule at the rate of ``full``: the first few, then all unless these have settled it."""
         seeds = self.seeds[cell.task]
-        few = pd.DataFrame([dataclasses.replace(cell, seed=seed) for seed in seeds.tests[: seeds.few]])
+        few = pd.DataFrame([dataclasses.replace(cell, seed=seed) for seed in seeds.first])
         first = few.merge(results, on=list(KEY), how="left")
         settles = isinstance(TASKS[cell.task]["data"], RecallTask) and not (first["accuracy"] >= SOLVED).any()
         if guess and first["status"].isna().any():
             return seeds.tests
-        return seeds.tests[: seeds.few] if settles else seeds.tests
+        return seeds.first if settles else seeds.tests
 
     def _tune(self, cell: Cell, scales: Iterable[float], results: pd.DataFrame) -> tuple[list[Cell], Settings | None]:
         """The tuning cells to run, and the best settings once they are all there; until then None."""

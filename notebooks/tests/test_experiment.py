@@ -507,21 +507,15 @@ def test_the_stored_table_can_be_read_and_says_what_made_it():
 
 
 MADE = {"method": "bp", "softmax_backward": "full", "attn_mode": "softmax", "qk_norm": "off", "optimizer": "adamw"}
+OTHER = {"task": "shakespeare", "method": "fa", "softmax_backward": "ste"}
+OTHER |= {"attn_mode": "sigmoid", "qk_norm": "cut", "optimizer": "sgd"}
 REGISTRIES = {"optimizer": helpers.OPTIMIZERS, **helpers.REGISTRIES}
 
 
 def test_a_row_s_code_hangs_on_each_of_its_makers_and_on_no_other_entry(monkeypatch):
     assert {*MAKERS} == {"task", *REGISTRIES} == {name for name, kind in KEY.items() if kind is str}
     usual = {"task": "recall", **MADE}
-    changes = {
-        "task": "shakespeare",
-        "method": "fa",
-        "softmax_backward": "ste",
-        "attn_mode": "sigmoid",
-        "qk_norm": "cut",
-    }
-    changes["optimizer"] = "sgd"
-    codes = [helpers.row_code(**usual | {name: changes[name]}) for name in MAKERS]
+    codes = [helpers.row_code(**usual | {name: OTHER[name]}) for name in MAKERS]
     before = helpers.row_code(**usual)
     assert len({before, *codes}) == len(MAKERS) + 1
     for name, registry in REGISTRIES.items():
@@ -538,15 +532,7 @@ def test_a_row_s_code_hangs_on_each_of_its_makers_and_on_no_other_entry(monkeypa
 def test_which_code_made_a_row_is_found_by_all_its_makers(name):
     """A row whose code is that of another choice is another's."""
     now = helpers.row_code("recall", **MADE)
-    changes = {
-        "task": "shakespeare",
-        "method": "fa",
-        "softmax_backward": "ste",
-        "attn_mode": "sigmoid",
-        "qk_norm": "cut",
-    }
-    changes["optimizer"] = "sgd"
-    results = pd.concat([runs(code=now), runs(code=now).assign(**{name: changes[name]})], ignore_index=True)
+    results = pd.concat([runs(code=now), runs(code=now).assign(**{name: OTHER[name]})], ignore_index=True)
     assert helpers.made_by(results).tolist() == ["this"] * 2 + ["other"] * 2
 
 
