@@ -1336,9 +1336,9 @@ def best_settings(tuning: pd.DataFrame) -> Settings:
 def shared_control(qk_norm: str) -> str:
     """The setting whose ``none`` is also that of ``qk_norm``.
 
-    Where no gradient arrives at Q and K none goes through their norms, and it makes no difference if these are cut.
+    Where no gradient arrives at Q and K it makes no difference what would become of it at their norms.
     """
-    return "off" if qk_norm == "off" else "exact"
+    return LocalGPTConfig(qk_norm=qk_norm).exact.qk_norm
 
 
 class Judged(NamedTuple):

@@ -29,6 +29,7 @@ Zhang and Sennrich 2019, "Root mean square layer normalization"                 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -104,8 +105,8 @@ class LocalGPTConfig:
     @property
     def exact(self) -> LocalGPTConfig:
         """The model with this forward pass whose error goes back by the chain rule, all the way."""
-        qk_norm = "off" if self.qk_norm == "off" else "exact"
-        return replace(self, method="bp", softmax_backward="full", qk_norm=qk_norm)
+        normed = issubclass(QK_NORM[self.qk_norm][0], RMSNorm)
+        return replace(self, method="bp", softmax_backward="full", qk_norm="exact" if normed else "off")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -387,12 +388,26 @@ class CutRMSNorm(RMSNorm):
         return x * (x.detach().square().mean(-1, keepdim=True) + self.eps).rsqrt()
 
 
+class TangentNorm(nn.Module):
+    """Forwards nothing; backwards the radial part of the error is taken out, as an exact norm does: its other half."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(head_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x) * (x.detach().square().mean(-1, keepdim=True) + self.norm.eps).sqrt()
+
+
 QK_NORM: dict[str, tuple[Callable[[int], nn.Module], Callable[[int], nn.Module]]] = {  # of queries, of keys
     "off": (nn.Identity, nn.Identity),
     "exact": (RMSNorm, RMSNorm),
     "cut": (CutRMSNorm, CutRMSNorm),
     "cut_q": (CutRMSNorm, RMSNorm),
     "cut_k": (RMSNorm, CutRMSNorm),
+    "tangent": (TangentNorm, TangentNorm),
+    "tangent_q": (TangentNorm, nn.Identity),
+    "tangent_k": (nn.Identity, TangentNorm),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -692,6 +707,35 @@ def _size(maps: Tensor) -> Tensor:
     return torch.linalg.vector_norm(maps, dim=(-2, -1), keepdim=True)
 
 
+def row_constant(a: Tensor, g: Tensor, visible: Tensor, memory: Tensor | None = None) -> Tensor:
+    """``f`` and, of the error of ``diagonal``, only what is the same for all keys of a query: its mean over them.
+
+    ``balanced_evenly`` is the counterpart: ``f`` and all of that error but this.
+    """
+    constant = diagonal(a, g, visible).sum(-1, keepdim=True) / visible.sum(-1, keepdim=True)
+    return full(a, g, visible) + constant * visible
+
+
+@dataclass(frozen=True)
+class TransplantRule:
+    """``full`` in the first ``after`` iterations, then another rule: what becomes of attention that works already?
+
+    The memory counts the iterations.
+    """
+
+    after: int
+    then: Rule
+
+    def __call__(self, a: Tensor, g: Tensor, visible: Tensor, memory: Tensor | None = None) -> Tensor:
+        return (full if memory < self.after else self.then)(a, g, visible)
+
+    def start(self, config: LocalGPTConfig) -> Tensor:
+        return torch.zeros(1)
+
+    def learn(self, memory: Tensor, a: Tensor, g: Tensor, visible: Tensor) -> Tensor:
+        return memory + 1
+
+
 DOSES = (0.2, 0.4, 0.6, 0.8, 0.9, 1.1, 1.2)
 PROBES: dict[str, Rule] = {
     f"{name}_{dose:g}b": BaselineRule(slope, functools.partial(dosed, dose=dose))
@@ -709,4 +753,7 @@ PROBES |= {
     for fresh in (False, True)
     for absolute in (False, True)
 }
+PROBES["row_constant"] = row_constant
+for _after, _name in itertools.product((500, 2000), ("diagonal", "zero", "balanced_evenly", "row_constant")):
+    PROBES[f"full_{_after}_then_{_name}"] = TransplantRule(_after, (SOFTMAX_BACKWARD | PROBES)[_name])
 SOFTMAX_BACKWARD |= PROBES

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from model_local import INIT_STD, METHODS, PROBES, QK_NORM, SOFTMAX_BACKWARD, LocalGPT, LocalGPTConfig
 
 # everything of a size of its own, so that no two of them can be exchanged unseen
+NORMED = {"exact": "", "cut": "qk", "cut_q": "q", "cut_k": "k"}  # whose norm's divisor counts as a constant
+TANGENT = {"tangent": "qk", "tangent_q": "q", "tangent_k": "k"}  # who is not normalised, and drops the radial part
 CONFIG = LocalGPTConfig(block_size=7, vocab_size=11, n_layer=3, n_head=2, n_embd=12)
 B, T = 4, 5
 RULES = [rule for rule in SOFTMAX_BACKWARD if rule not in PROBES]  # probes: test_probes
@@ -96,7 +98,7 @@ def test_the_exact_config_has_the_same_forward_pass_and_the_chain_rule(arm, rule
     forward = replace(CONFIG, dropout=0.5, score_scale=2.0)
     for method in METHODS:
         local = replace(forward, method=method, softmax_backward=rule, qk_norm=arm)
-        exact = "off" if arm == "off" else "exact"
+        exact = "exact" if arm in NORMED else "off"
         assert local.exact == replace(forward, method="bp", softmax_backward="full", qk_norm=exact)
         assert local.exact.exact == local.exact
     assert replace(forward, attn_mode="sigmoid", softmax_backward="none").exact.attn_mode == "sigmoid"
@@ -158,15 +160,14 @@ def surrogate_linear(x, weight, feedback):
     return x.detach() @ weight.T + (x - x.detach()) @ feedback.T
 
 
-CUT = {"exact": "", "cut": "qk", "cut_q": "q", "cut_k": "k"}  # whose norm's divisor counts as a constant
 EPS = 1e-6
 
 
-def plain_loss(model, idx, targets, feedback, direct=None, cut=None, scale=1.0):
+def plain_loss(model, idx, targets, feedback, direct=None, arm="off", scale=1.0):
     """The loss of a GPT written out plainly on ``model``'s parameters; each map's error returns through ``feedback``.
 
     With ``direct`` (L + 1, V, C) blocks are cut apart, and an extra term, of value 0, sends the output error to them.
-    Unless ``cut`` is None queries and keys are normalised, and it says which of them with a divisor that is a constant.
+    ``arm`` is the ``qk_norm``, see NORMED and TANGENT.
     """
     p, (n_layer, n_head) = dict(model.named_parameters()), (model.config.n_layer, model.config.n_head)
     taps = []
@@ -182,10 +183,14 @@ def plain_loss(model, idx, targets, feedback, direct=None, cut=None, scale=1.0):
         return F.layer_norm(x, x.shape[-1:], p[f"{name}.weight"])
 
     def normalised(x, name):
-        if cut is None:
-            return x
         divisor = torch.sqrt(torch.mean(x**2, -1, keepdim=True) + EPS)
-        return x / (divisor.detach() if name in cut else divisor)
+        if name in TANGENT.get(arm, ""):
+            direction = (x / divisor).detach()
+            tangent = x - direction * torch.mean(direction * x, -1, keepdim=True)
+            return x.detach() + tangent - tangent.detach()
+        if arm not in NORMED:
+            return x
+        return x / (divisor.detach() if name in NORMED[arm] else divisor)
 
     x = between(p["token_embedding.weight"][idx] + p["position_embedding.weight"][: idx.shape[1]])
     for i in range(n_layer):
@@ -226,7 +231,7 @@ def test_every_gradient_is_that_of_a_plain_network_with_this_feedback_and_these_
     y[0, 1] = -100  # left out of the loss
     direct = model.direct_feedback if method == "dfa" else None
     _, loss = model(x, y)
-    plain = plain_loss(model, x, y, feedback_of(model), direct, CUT.get(arm), 1.3)
+    plain = plain_loss(model, x, y, feedback_of(model), direct, arm, 1.3)
     torch.testing.assert_close(loss, plain)
     expected = gradients(plain, model)
     for name, grad in gradients(loss, model).items():
@@ -238,15 +243,13 @@ def test_where_a_norm_is_cut_changes_gradients_and_nothing_else():
     (x, y), arms = batch(), {arm: make_model(method="bp", qk_norm=arm).double() for arm in QK_NORM}
     logits = {arm: model(x)[0] for arm, model in arms.items()}
     grads = {arm: gradients(model(x, y)[1], model) for arm, model in arms.items()}
-    for arm in CUT:
-        torch.testing.assert_close(logits[arm], logits["exact"], rtol=1e-12, atol=1e-14)
-        for name in "qk":
+    for arm, changed in (NORMED | TANGENT).items():
+        like = "exact" if arm in NORMED else "off"
+        torch.testing.assert_close(logits[arm], logits[like], rtol=1e-12, atol=1e-14)
+        for name in "qkv":
             part = f"blocks.2.attn.{name}_proj.weight"  # above it the arms agree in everything
-            same = torch.allclose(grads[arm][part], grads["exact"][part], rtol=1e-9, atol=0)
-            assert same == (name not in CUT[arm]), (arm, name)
-        torch.testing.assert_close(
-            grads[arm]["blocks.2.attn.v_proj.weight"], grads["exact"]["blocks.2.attn.v_proj.weight"]
-        )
+            same = torch.allclose(grads[arm][part], grads[like][part], rtol=1e-9, atol=0)
+            assert same == (name not in changed), (arm, name)
     assert (logits["off"] - logits["exact"]).abs().max() > 1e-3
 
 
@@ -274,9 +277,13 @@ def test_without_a_gradient_at_queries_and_keys_it_makes_no_difference_whether_a
         return model.state_dict()
 
     exact, start = trained(softmax_backward="none", qk_norm="exact"), make_model(qk_norm="exact").state_dict()
-    for arm in CUT:
+    for arm in NORMED:
         other = trained(softmax_backward="none", qk_norm=arm)
         assert exact.keys() == other.keys() and all(torch.equal(exact[name], other[name]) for name in exact), arm
+    off = trained(softmax_backward="none", qk_norm="off")
+    for arm in TANGENT:
+        for name, value in trained(softmax_backward="none", qk_norm=arm).items():
+            torch.testing.assert_close(value, off[name], msg=f"{arm} {name}")
     for name in ("blocks.1.attn.q_proj.weight", "blocks.1.attn.v_proj.weight"):
         assert torch.equal(exact[name], start[name]) == ("q_proj" in name)
     part = "blocks.1.attn.q_proj.weight"  # under another rule it does
@@ -401,7 +408,7 @@ def test_the_network_sends_back_what_the_rule_says(rule):
 
 
 @pytest.mark.parametrize("arm", QK_NORM)
-def test_what_comes_back_through_a_norm_has_a_radial_part_only_where_it_is_cut(arm):
+def test_what_comes_back_has_a_radial_part_except_through_an_exact_or_a_tangent_norm(arm):
     """``q . dq`` is a sum over the query's keys, ``k . dk`` over the key's queries; an exact norm takes all but eps."""
     model = make_model(method="bp", softmax_backward="zero", qk_norm=arm, score_scale=1.3).double()
     attn, seen = model.blocks[1].attn, {}
@@ -418,7 +425,7 @@ def test_what_comes_back_through_a_norm_has_a_radial_part_only_where_it_is_cut(a
     for name, across in (("q", -1), ("k", -2)):
         vector, error = (seen[key].view(B, T, 2, 6).transpose(1, 2) for key in (name, f"d{name}"))
         radial, expected = (vector * error).sum(-1), products.sum(across)
-        if arm != "off" and name not in CUT[arm]:
+        if name in TANGENT.get(arm, "") or (arm in NORMED and name not in NORMED[arm]):
             expected *= EPS / (vector.square().mean(-1) + EPS)
             assert radial.abs().max() < 1e-2 * (vector.norm(dim=-1) * error.norm(dim=-1)).max()
         assert expected.all()

@@ -120,6 +120,36 @@ def test_an_absolute_error_keeps_the_size_that_it_had_at_first(name):
     torch.testing.assert_close(error.norm(dim=(-2, -1)), (0.75 * memory[:, 0, 0]).expand(B, H))
 
 
+def test_the_error_of_the_diagonal_rule_is_its_mean_over_a_row_and_the_rest():
+    a, g, exact = maps()
+    error = a * (1 - a) * g - exact
+    constant, rest = send("row_constant", a, g) - exact, SOFTMAX_BACKWARD["balanced_evenly"](a, g, VISIBLE) - exact
+    torch.testing.assert_close(constant + rest, error)
+    torch.testing.assert_close(rest.sum(-1), torch.zeros(B, H, T, dtype=torch.float64), atol=1e-12, rtol=0)
+    torch.testing.assert_close(constant, error.sum(-1, keepdim=True) / VISIBLE.sum(-1, keepdim=True) * VISIBLE)
+
+
+@pytest.mark.parametrize("after", [500, 2000])
+@pytest.mark.parametrize("then", ["diagonal", "zero", "balanced_evenly", "row_constant"])
+def test_a_transplant_is_exact_until_its_iteration_and_then_another_rule(after, then):
+    a, g, exact = maps()
+    rule, other = PROBES[f"full_{after}_then_{then}"], SOFTMAX_BACKWARD[then](a, g, VISIBLE)
+    memory = rule.start(CONFIG)
+    assert not torch.allclose(exact, other)
+    for step in range(after + 2):
+        if step in (0, after - 1, after, after + 1):
+            torch.testing.assert_close(rule(a, g, VISIBLE, memory), exact if step < after else other)
+        memory = rule.learn(memory, a, g, VISIBLE)
+
+
+def test_a_transplant_counts_training_iterations_whatever_is_measured_between_them():
+    task = RecallTask(n_keys=3, n_values=2, n_pairs=2, n_queries=2)
+    rule = "full_500_then_zero"
+    config = LocalGPTConfig(task.block_size, task.vocab_size, 2, 2, 8, method="bp", softmax_backward=rule)
+    run = train(config, 7, 1e-2, 4, 0, task, 3, symptoms, directory=None, progress=False)
+    assert [block.attn.attn_weights.memory.item() for block in run.model.blocks] == [7, 7]
+
+
 @pytest.mark.parametrize("name", ["zero_as_noise", "error_random_fresh", "error_row_fresh_absolute"])
 def test_what_is_random_is_fresh_for_each_layer_and_step_and_disturbs_nothing(name):
     task = RecallTask(n_keys=3, n_values=2, n_pairs=2, n_queries=2)
