@@ -43,6 +43,7 @@ from helpers import (
     GROUP,
     KEY,
     MAKERS,
+    OPTIMIZERS,
     OUTCOMES,
     SECOND_EDITION,
     SOLVED,
@@ -60,7 +61,7 @@ from helpers import (
     symptoms,
     train,
 )
-from model_local import LocalGPTConfig
+from model_local import PROBES, LocalGPTConfig
 
 # what determines one run; those that the model's config has too are for it
 Cell = dataclasses.make_dataclass("Cell", KEY.items(), frozen=True)
@@ -98,6 +99,10 @@ class Plan:
     with. Where the first few at the rate of ``full`` are runs of a task that can be solved and none has solved it, the
     others are not run: eight of eight unsolved put the share solved below one half.
 
+    ``checks`` are cells, given as ``rules`` are, that are not tuned: the few seeds run them at the rate of the first
+    rule, which is then a ``full``. A ``screen`` is a plan that ends with its tuning, unless a rule has solved all
+    tuning runs at the rate of ``full``: only there could a test turn out otherwise than without the setting.
+
     >>> full = Cell("shakespeare", "bp", "full", "softmax", "off", 1.0, "adamw", 1.0, 0.0, 10, 0)
     >>> rules = full, dataclasses.replace(full, softmax_backward="zero")
     >>> plan = Plan(rules, (1e-3, 3e-3), (1e-4, 1e-2), (1.0,), {"shakespeare": Seeds((100,), (200, 201), 1)})
@@ -119,6 +124,8 @@ class Plan:
     more_lrs: tuple[float, ...] = (1e-5, 1e-2)
     scales: tuple[float, ...] = (0.5, 1.0, 2.0)
     seeds: Mapping[str, Seeds] = field(default_factory=lambda: SEEDS)
+    checks: tuple[Cell, ...] = ()
+    screen: bool = False
 
     def __post_init__(self) -> None:
         if not (self.lrs and self.scales and all(seeds.tuning and seeds.tests for seeds in self.seeds.values())):
@@ -157,6 +164,8 @@ class Plan:
             (first if rule == full else others).extend(tuning)
             if settings or guess:
                 best[rule] = settings or Settings(scales[0], self.lrs[0], math.nan)
+        if self.screen and not guess and not self._promising(best, results):
+            return first, [], others, []
         for rule in self.rules:
             full, none = reference(rule, "full"), reference(rule, "none")
             for at in {full, rule} & best.keys():
@@ -170,7 +179,20 @@ class Plan:
                     else:
                         seeds, stage = self.seeds[cell.task].first, few
                     stage += [dataclasses.replace(cell, seed=seed) for seed in seeds]
+        for check in self.checks if self.rules[0] in best else ():
+            settings = {"feedback_scale": best[self.rules[0]].feedback_scale, "lr": best[self.rules[0]].lr}
+            few += [dataclasses.replace(check, seed=seed, **settings) for seed in self.seeds[check.task].first]
         return first, deciding, others, few
+
+    def _promising(self, best: Mapping[Cell, Settings], results: pd.DataFrame) -> bool:
+        """Whether a rule beside the references has solved all its tuning runs at the rate of ``full``."""
+        for rule in best.keys() - {reference(rule, name) for rule in self.rules for name in ("full", "none")}:
+            if (full := reference(rule, "full")) in best:
+                settings = {"feedback_scale": best[full].feedback_scale, "lr": best[full].lr}
+                tuning = [dataclasses.replace(rule, seed=seed, **settings) for seed in self.seeds[rule.task].tuning]
+                if (pd.DataFrame(tuning).merge(results, on=list(KEY), how="left")["accuracy"] >= SOLVED).all():
+                    return True
+        return False
 
     def _deciding(self, cell: Cell, results: pd.DataFrame, guess: bool) -> tuple[int, ...]:
         """The test seeds of a rule at the rate of ``full``: the first few, then all unless these have settled it."""
@@ -220,10 +242,52 @@ def _rules(task: str, rules: Iterable[str], method: str = "bp", **changes) -> tu
 
 DECIDING = ("full", "none", "diagonal", "zero")
 ARMS = ("exact", "off", "cut", "cut_k", "cut_q")
+TANGENTS = ("tangent", "tangent_k", "tangent_q")
+OTHERS = ("ste", "mean", "diagonal_mean", "diagonal_lateral", "balanced_evenly", "balanced_by_attention")
+STABILISERS = tuple(name for name in OPTIMIZERS if name != "adamw")
+FEWER = {task: seeds._replace(tests=seeds.first) for task, seeds in SEEDS.items()}
+SCALES = {"recall": 2.0, "shakespeare": 0.5}  # of random feedback, as the first edition has chosen them
+FOUR = {task: seeds._replace(few=4) for task, seeds in FEWER.items()}
 
+
+def _beside(
+    task: str, arm: str, rules: Iterable[str], method: str = "bp", seeds: Mapping[str, Seeds] = FEWER, **changes
+) -> Plan:
+    """Rules at the rate of ``full`` in the same arm, and at no other. ``changes`` are not made to that ``full``."""
+    checks = _rules(task, rules, method, qk_norm=arm, **changes)
+    return Plan(_rules(task, ("full",), method, qk_norm=arm), scales=(SCALES[task],), seeds=seeds, checks=checks)
+
+
+# in the order in which they are run; notebook 08 says what each is to decide
 PLANS = {
     f"{task}-{arm}": Plan(_rules(task, DECIDING, qk_norm=arm)) for task in ("recall", "shakespeare") for arm in ARMS
 }
+PLANS["messages"] = _beside("recall", "off", [name for name in PROBES if "_as_" in name])
+PLANS["transplants"] = _beside("recall", "off", [name for name in PROBES if "_then_" in name], seeds=FOUR)
+PLANS |= {f"tangents-{arm}": _beside("recall", arm, ("diagonal", "zero")) for arm in TANGENTS}
+PLANS |= {f"long-{arm}": _beside("recall", arm, ("diagonal", "zero"), steps=12_000) for arm in ("exact", "off")}
+PLANS |= {f"others-{task}-{arm}": _beside(task, arm, OTHERS) for task in SEEDS for arm in ("off", "exact")}
+PLANS |= {
+    f"stabilisers-{name}": Plan(
+        _rules("recall", ("full", "diagonal", "zero"), optimizer=name),
+        lrs=(0.03, 0.1, 0.3, 1.0, 3.0) if name == "sgd" else (3e-4, 1e-3, 3e-3),
+        more_lrs=(0.01, 10.0) if name == "sgd" else (),
+        seeds={"recall": FEWER["recall"]._replace(tuning=(100, 101))},
+        screen=True,
+    )
+    for name in STABILISERS
+}
+PLANS |= {
+    f"doses-{arm}": _beside("recall", arm, [name for name in PROBES if name.endswith("b")], seeds=FOUR)
+    for arm in ("off", "exact")
+}
+PLANS["errors"] = _beside("recall", "off", [name for name in PROBES if name.startswith(("error_", "row_"))], seeds=FOUR)
+PLANS |= {
+    f"scores-times-{scale:g}": _beside("recall", "exact", ("full", "diagonal", "zero"), seeds=FOUR, score_scale=scale)
+    for scale in (0.5, 2.0)
+}
+PLANS |= {f"fa-{task}-{arm}": _beside(task, arm, DECIDING, "fa") for task in SEEDS for arm in ("off", "exact")}
+PLANS |= {f"{method}-recall-exact": _beside("recall", "exact", DECIDING, method) for method in ("sign_sym", "dfa")}
 TRIAL = {"recall": Seeds((100,), (200, 201, 202), 3)}
 SMALL = Plan(_rules("recall", ("full", "none"), steps=20), lrs=(1e-3,), more_lrs=(), seeds=TRIAL)
 

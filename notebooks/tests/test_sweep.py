@@ -169,6 +169,33 @@ def test_in_every_arm_all_rules_have_all_seeds_at_the_rate_of_full(arm):
     assert [found[rule, 1e-3] for rule in BEST] == [ALL] * 3 and found["none", 1e-2] == found["full", 1e-2] == FEW
 
 
+def test_checks_are_run_by_the_few_seeds_at_the_rate_of_full_and_not_tuned():
+    plan = plan_of("recall", ("full",), scales=(2.0,), method="fa")
+    checks = sweep._rules("recall", ("diagonal", "none"), "fa", steps=12_000, qk_norm="exact")
+    cells, rounds = answered(dataclasses.replace(plan, checks=checks))
+    wanted = {dataclasses.replace(c, lr=1e-3, feedback_scale=2.0, seed=seed) for c in checks for seed in FEW}
+    assert {cell for cell in cells if cell.steps == 12_000} == wanted
+    assert seeds_of(cells) == {("full", 1e-3): ALL, ("diagonal", 1e-3): FEW, ("none", 1e-3): FEW}
+    assert rounds[-1] == wanted, "they come last"
+
+
+@pytest.mark.parametrize(
+    "solves, promising",
+    [
+        (lambda cell: True, True),
+        (lambda cell: cell.softmax_backward == "diagonal" and cell.lr == 1e-3, True),
+        (lambda cell: cell.softmax_backward == "diagonal" and (cell.lr == 1e-2 or cell.seed == 100), False),
+        (lambda cell: cell.softmax_backward != "diagonal", False),
+    ],
+)
+def test_a_screen_goes_on_where_a_rule_has_solved_all_its_tuning_at_the_rate_of_full(solves, promising):
+    plan = dataclasses.replace(plan_of("recall"), screen=True)
+    cells, _ = answered(plan, solves, distance)
+    tested = {cell.softmax_backward for cell in cells if cell.seed >= 200}
+    assert tested == ({*BEST} if promising else set())
+    assert len({cell for cell in cells if cell.seed < 200}) == 3 * 3 * 2
+
+
 def test_the_scale_of_random_feedback_is_that_of_full_for_every_rule():
     plan = plan_of("recall", scales=(0.5, 2.0), method="fa")
     cells, rounds = answered(
@@ -227,7 +254,7 @@ SECOND = helpers.DATA / "second_edition.csv"
 def test_the_stored_runs_are_at_the_rates_and_seeds_of_the_plan():
     results = load_results(SECOND)
     for plan in sweep.PLANS.values():
-        for cell in plan.rules:
+        for cell in (*plan.rules, *plan.checks):
             same = dataclasses.replace(cell, feedback_scale=1.0, lr=0.0, seed=0)
             names = [name for name in KEY if name not in ("feedback_scale", "lr", "seed")]
             runs = results[(results[names] == pd.Series({name: getattr(same, name) for name in names})).all(axis=1)]
