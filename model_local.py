@@ -389,7 +389,7 @@ class CutRMSNorm(RMSNorm):
 
 
 class TangentNorm(nn.Module):
-    """Forwards nothing; backwards the radial part of the error is taken out, as an exact norm does: its other half."""
+    """Changes nothing forwards; backwards it takes out the radial part of the error: the other half of a norm."""
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()

@@ -169,40 +169,34 @@ class Plan:
         for rule in self.rules:
             full, none = reference(rule, "full"), reference(rule, "none")
             for at in {full, rule} & best.keys():
-                settings = {"feedback_scale": best[at].feedback_scale, "lr": best[at].lr}
                 for other in (rule, full, none):
                     if other not in self.rules:
                         continue
-                    cell = dataclasses.replace(other, **settings)
                     if at == full:
-                        seeds, stage = self._deciding(cell, results, guess), deciding
+                        deciding += self._deciding(other, best[at], results, guess)
                     else:
-                        seeds, stage = self.seeds[cell.task].first, few
-                    stage += [dataclasses.replace(cell, seed=seed) for seed in seeds]
+                        few += _with(other, best[at], self.seeds[other.task].first)
         for check in self.checks if self.rules[0] in best else ():
-            settings = {"feedback_scale": best[self.rules[0]].feedback_scale, "lr": best[self.rules[0]].lr}
-            few += [dataclasses.replace(check, seed=seed, **settings) for seed in self.seeds[check.task].first]
+            few += _with(check, best[self.rules[0]], self.seeds[check.task].first)
         return first, deciding, others, few
 
     def _promising(self, best: Mapping[Cell, Settings], results: pd.DataFrame) -> bool:
         """Whether a rule beside the references has solved all its tuning runs at the rate of ``full``."""
         for rule in best.keys() - {reference(rule, name) for rule in self.rules for name in ("full", "none")}:
             if (full := reference(rule, "full")) in best:
-                settings = {"feedback_scale": best[full].feedback_scale, "lr": best[full].lr}
-                tuning = [dataclasses.replace(rule, seed=seed, **settings) for seed in self.seeds[rule.task].tuning]
+                tuning = _with(rule, best[full], self.seeds[rule.task].tuning)
                 if (pd.DataFrame(tuning).merge(results, on=list(KEY), how="left")["accuracy"] >= SOLVED).all():
                     return True
         return False
 
-    def _deciding(self, cell: Cell, results: pd.DataFrame, guess: bool) -> tuple[int, ...]:
-        """The test seeds of a rule at the rate of ``full``: the first few, then all unless these have settled it."""
-        seeds = self.seeds[cell.task]
-        few = pd.DataFrame([dataclasses.replace(cell, seed=seed) for seed in seeds.first])
-        first = few.merge(results, on=list(KEY), how="left")
-        settles = isinstance(TASKS[cell.task]["data"], RecallTask) and not (first["accuracy"] >= SOLVED).any()
-        if guess and first["status"].isna().any():
-            return seeds.tests
-        return seeds.first if settles else seeds.tests
+    def _deciding(self, rule: Cell, settings: Settings, results: pd.DataFrame, guess: bool) -> list[Cell]:
+        """The tests of a rule at the rate of ``full``: the first few, then all unless these have settled it."""
+        seeds = self.seeds[rule.task]
+        few = _with(rule, settings, seeds.first)
+        first = pd.DataFrame(few).merge(results, on=list(KEY), how="left")
+        settles = isinstance(TASKS[rule.task]["data"], RecallTask) and not (first["accuracy"] >= SOLVED).any()
+        open_yet = guess and first["status"].isna().any()
+        return few if settles and not open_yet else _with(rule, settings, seeds.tests)
 
     def _tune(self, cell: Cell, scales: Iterable[float], results: pd.DataFrame) -> tuple[list[Cell], Settings | None]:
         """The tuning cells to run, and the best settings once they are all there; until then None."""
@@ -224,6 +218,12 @@ class Plan:
                 lrs.append(min(lr for lr in self.more_lrs if lr > lrs[-1]))
             else:
                 return cells, best
+
+
+def _with(rule: Cell, settings: Settings, seeds: Iterable[int]) -> list[Cell]:
+    """The cells of a rule at one learning rate and feedback scale."""
+    rule = dataclasses.replace(rule, feedback_scale=settings.feedback_scale, lr=settings.lr)
+    return [dataclasses.replace(rule, seed=seed) for seed in seeds]
 
 
 def reference(rule: Cell, name: str) -> Cell:
