@@ -304,7 +304,10 @@ def test_an_alignment_is_with_exact_backpropagation_through_the_norms_too():
         cosines = {name.split(".")[-2]: cosine for (_, name), cosine in helpers.alignment(model, x, x).items()}
         assert cosines["v_proj"] == pytest.approx(1) == cosines["lm_head"], arm
         found[arm] = [name for name in "qk" if cosines[f"{name}_proj"] < 0.99]
-    assert found == {"off": [], "exact": [], "cut": ["q", "k"], "cut_q": ["q"], "cut_k": ["k"]}
+    assert found == {
+        **{"off": [], "exact": [], "cut": ["q", "k"], "cut_q": ["q"], "cut_k": ["k"]},
+        **{"tangent": ["q", "k"], "tangent_q": ["q"], "tangent_k": ["k"]},
+    }
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------------------------
