@@ -1192,16 +1192,22 @@ def harm(rule: Iterable[float], full: Iterable[float], none: Iterable[float], co
     return Harm(excess.mean() / scale.mean(), low, high, verdict)
 
 
-RECALL = RecallTask()
 TASKS = {  # what is learnt, by which shape of model, for how long
-    "shakespeare": {"data": "shakespeare_char", "batch_size": 32, "steps": 500, "eval_every": 100, "shape": {}},
-    "recall": {
-        "data": RECALL,
+    "shakespeare": {"data": "shakespeare_char", "batch_size": 32, "steps": 500, "eval_every": 100, "shape": {}}
+}
+TASKS |= {
+    name: {
+        "data": data,
         "batch_size": 64,
         "steps": 3000,
         "eval_every": 150,
-        "shape": {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": RECALL.block_size},
-    },
+        "shape": {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": data.block_size},
+    }
+    for name, data in {
+        "recall": RecallTask(),
+        "recall_8": RecallTask(n_keys=16, n_pairs=8, n_queries=8),
+        "recall_16": RecallTask(n_keys=32, n_pairs=16, n_queries=16),
+    }.items()
 }
 # the table of runs: what determines one, how it ended, what made it
 KEY = {"task": str, "method": str, "softmax_backward": str, "attn_mode": str, "qk_norm": str, "score_scale": float}

@@ -288,6 +288,18 @@ PLANS |= {
 }
 PLANS |= {f"fa-{task}-{arm}": _beside(task, arm, DECIDING, "fa") for task in SEEDS for arm in ("off", "exact")}
 PLANS |= {f"{method}-recall-exact": _beside("recall", "exact", DECIDING, method) for method in ("sign_sym", "dfa")}
+PAIRS = {f"recall_{pairs}": Seeds((100,), SEEDS["recall"].tests[:4], 4) for pairs in (8, 16)}
+PLANS |= {  # at the rate of four pairs; sixteen are too many for the exact pass already
+    f"pairs-{task}": Plan(
+        _rules(task, ("full",), qk_norm="exact"),
+        lrs=(1e-3,),
+        more_lrs=(),
+        seeds=PAIRS,
+        checks=_rules(task, ("diagonal", "zero") if task == "recall_8" else (), qk_norm="exact"),
+    )
+    for task in PAIRS
+}
+PLANS["text-2000"] = _beside("shakespeare", "exact", DECIDING, seeds=FOUR, steps=2000)
 TRIAL = {"recall": Seeds((100,), (200, 201, 202), 3)}
 SMALL = Plan(_rules("recall", ("full", "none"), steps=20), lrs=(1e-3,), more_lrs=(), seeds=TRIAL)
 
