@@ -550,15 +550,18 @@ def test_a_tasks_settings_count_as_code(monkeypatch):
     assert helpers.row_code("recall", **MADE) != before != helpers.row_code("shakespeare", **MADE)
 
 
-@pytest.mark.parametrize("task, data", [("recall", helpers.RecallTask), ("shakespeare", helpers.Corpus)])
-def test_the_code_of_a_tasks_own_data_counts_and_not_that_of_others(task, data, monkeypatch):
+@pytest.mark.parametrize(
+    "tasks, data",
+    [({"recall", "recall_8", "recall_16"}, helpers.RecallTask), ({"shakespeare"}, helpers.Corpus)],
+)
+def test_the_code_of_a_tasks_own_data_counts_and_not_that_of_others(tasks, data, monkeypatch):
     before = {name: helpers.row_code(name, **MADE) for name in helpers.TASKS}
 
     def score(self, model):
         return {"val_loss": 0.0}
 
     monkeypatch.setattr(data, "score", score)
-    assert {name for name in before if helpers.row_code(name, **MADE) != before[name]} == {task}
+    assert {name for name in before if helpers.row_code(name, **MADE) != before[name]} == tasks
 
 
 def test_every_verdict_has_a_colour_and_a_marker_of_its_own():
