@@ -289,7 +289,7 @@ PLANS |= {
 PLANS |= {f"fa-{task}-{arm}": _beside(task, arm, DECIDING, "fa") for task in SEEDS for arm in ("off", "exact")}
 PLANS |= {f"{method}-recall-exact": _beside("recall", "exact", DECIDING, method) for method in ("sign_sym", "dfa")}
 PAIRS = {f"recall_{pairs}": Seeds((100,), SEEDS["recall"].tests[:4], 4) for pairs in (8, 16)}
-PLANS |= {  # at the rate of four pairs; sixteen are too many for the exact pass already
+PLANS |= {  # at the rate of four pairs; with sixteen the exact pass alone, notebook 08 says why
     f"pairs-{task}": Plan(
         _rules(task, ("full",), qk_norm="exact"),
         lrs=(1e-3,),
