@@ -808,9 +808,9 @@ def _load_checkpoint(path: Path, settings: dict) -> dict | None:
 class CapturedAttention:
     """One attention of a model, a softmax over keys, in the forward and backward passes that a capture has seen.
 
-    ``sums`` are what ``head_energy`` needs of every pass whose gradient arrived. Where maps are kept, ``scores``,
-    ``attn``, ``grad = dL/dA`` (B, H, T_q, T_k) and ``visible`` are those of the pass whose gradient arrived last, or
-    those of a later forward pass; never parts of two. Reading what was not captured raises RuntimeError and says why.
+    ``sums`` are what ``head_energy`` needs of all passes whose gradients arrived. Where maps are kept in their place,
+    ``scores``, ``attn``, ``grad = dL/dA`` (B, H, T_q, T_k) and ``visible`` are those of the pass whose gradient arrived
+    last, or of a later forward pass; never parts of two. Reading what was not captured is a RuntimeError that says why.
     """
 
     def __init__(self, name: str, keep_maps: bool) -> None:
@@ -844,6 +844,8 @@ class CapturedAttention:
 
     @property
     def sums(self) -> HeadSums:
+        if self.keep_maps:
+            return head_sums(self.attn, self.grad, self.visible)
         if not self._sums:
             raise self._no_grad()
         return HeadSums.of_all(self._sums)
@@ -876,9 +878,10 @@ class CapturedAttention:
             return
         if not (some := visible.any(-1, keepdim=True)).all():  # a padded query, whatever the model makes of it
             attn = attn.masked_fill(~some, 0.0)
-        self._sums.append(head_sums(attn, grad, visible))
         if self.keep_maps:
             self._maps = scores, attn, visible, grad
+        else:
+            self._sums.append(head_sums(attn, grad, visible))
 
 
 class _Watched(torch.autograd.Function):
@@ -961,12 +964,13 @@ class _Softmaxes(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is attention_weights:
             return self.written(*args, **kwargs)
-        if func is SDPA:
+        name = getattr(func, "__name__", None)
+        if name == "scaled_dot_product_attention":
             with self:
                 return _attention_step_by_step(*args, **kwargs)
-        if func is F.multi_head_attention_forward:
+        if name == "multi_head_attention_forward":
             return self._multi_head(func, *args, **kwargs)
-        if func in SOFTMAXES:
+        if name == "softmax":  # of torch, of torch.nn.functional, or of a tensor
             return self._softmax(func, *args, **kwargs)
         return func(*args, **kwargs)
 
@@ -993,7 +997,6 @@ class _Softmaxes(TorchFunctionMode):
             return func(query, key, value, embed_dim, num_heads, *args, **kwargs)
 
 
-SDPA, SOFTMAXES = F.scaled_dot_product_attention, (F.softmax, torch.softmax, Tensor.softmax)
 MASKED = torch.finfo(torch.float16).min / 2  # a score below says that the key is hidden: -inf, or the least of a type
 
 
@@ -1068,7 +1071,7 @@ def capture_attention(model: nn.Module, maps: bool = False, only: str = "") -> I
     An attention is a softmax over keys that runs in one of the model's modules, by ``F.scaled_dot_product_attention``,
     ``nn.MultiheadAttention``, or any of PyTorch's softmax functions on scores (B, H, T_q, T_k); layers are named after
     the module and come in their order of use. Each keeps what ``energy_table`` needs of every backward pass inside the
-    block, and the last maps as well if ``maps``. ``only`` is a regular expression that the names are to match. The
+    block, or if ``maps`` the maps of the last one. ``only`` is a regular expression that the names are to match. The
     weights and gradients are those of the pass itself, which is computed by the same formulas, step by step.
 
     On leaving, also after an exception, the model and PyTorch are as they were; what was captured stays readable.
@@ -1364,9 +1367,10 @@ def energy_table(layers: Iterable[CapturedAttention], n_boot: int = 1000, seed: 
     layers = list(layers)
     if not layers:
         raise ValueError("no layer was given: a table needs one or more")
-    tables = [_figures(layer.sums, n_boot, seed).assign(layer=i, name=layer.name) for i, layer in enumerate(layers)]
-    table = pd.concat(tables, ignore_index=True)
-    return table[["layer", "name", *tables[0].columns.drop(["layer", "name"])]]
+    tables = [_figures(layer.sums, n_boot, seed) for layer in layers]
+    for i, table in enumerate(tables):
+        table.insert(0, "layer", i)
+    return pd.concat(tables, ignore_index=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
