@@ -29,6 +29,7 @@ import time
 import uuid
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import BinaryIO, NamedTuple
+from unittest import mock
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -48,8 +50,9 @@ from matplotlib.colors import Normalize, SymLogNorm
 from matplotlib_inline.config import InlineBackend
 from scipy.stats import binomtest
 from scipy.stats import t as student_t
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
@@ -59,9 +62,10 @@ from model_local import (
     METHODS,
     QK_NORM,
     SOFTMAX_BACKWARD,
-    AttentionWeights,
     LocalGPT,
     LocalGPTConfig,
+    Rule,
+    attention_weights,
     diagonal,
     full,
     ste,
@@ -802,16 +806,20 @@ def _load_checkpoint(path: Path, settings: dict) -> dict | None:
 
 
 class CapturedAttention:
-    """One attention layer in one forward pass and its backward pass: scores, attn, grad = dL/dA, each (B, H, T, T).
+    """One attention of a model, a softmax over keys, in the forward and backward passes that a capture has seen.
 
-    It is the pass whose gradient arrived last, or that of a later forward pass; never parts of two. Reading what was
-    not captured raises RuntimeError with the reason.
+    ``sums`` are what ``head_energy`` needs of all passes whose gradients arrived. Where maps are kept in their place,
+    ``scores``, ``attn``, ``grad = dL/dA`` (B, H, T_q, T_k) and ``visible`` are those of the pass whose gradient arrived
+    last, or of a later forward pass; never parts of two. Reading what was not captured is a RuntimeError that says why.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, keep_maps: bool) -> None:
         self.name = name
-        self._maps: tuple[Tensor, Tensor, Tensor | None] | None = None
+        self.keep_maps = keep_maps
+        self._sums: list[HeadSums] = []
+        self._maps: tuple[Tensor | None, ...] | None = None
         self._why_no_grad = ""
+        self._open = True
 
     @property
     def scores(self) -> Tensor:
@@ -823,66 +831,320 @@ class CapturedAttention:
         return self._seen()[1]
 
     @property
+    def visible(self) -> Tensor:
+        """True where the query (row) may see the key (column); may be broadcast to the shape of ``attn``."""
+        return self._seen()[2]
+
+    @property
     def grad(self) -> Tensor:
-        grad = self._seen()[2]
+        grad = self._seen()[3]
         if grad is None:
-            raise RuntimeError(f"no gradient reached the attention weights of {self.name!r}: {self._why_no_grad}")
+            raise self._no_grad()
         return grad
 
-    def _seen(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        if self._maps is None:
-            raise RuntimeError(f"{self.name!r} saw no forward pass: run the model inside the 'with' block, uncompiled")
+    @property
+    def sums(self) -> HeadSums:
+        if self.keep_maps:
+            return head_sums(self.attn, self.grad, self.visible)
+        if not self._sums:
+            raise self._no_grad()
+        return HeadSums.of_all(self._sums)
+
+    def _seen(self) -> tuple[Tensor | None, ...]:
+        if not self.keep_maps:
+            raise RuntimeError(f"the maps of {self.name!r} were not kept: ask for capture_attention(model, maps=True)")
         return self._maps
 
-    def _on_forward(self, handles: list[RemovableHandle], module, inputs, attn: Tensor) -> None:
-        """Keep a forward pass, and let the gradient, whenever it arrives, bring back the pass that it belongs to."""
-        scores, weights = inputs[0].detach(), attn.detach()
+    def _no_grad(self) -> RuntimeError:
+        return RuntimeError(f"no gradient reached the attention weights of {self.name!r}: {self._why_no_grad}")
 
-        def on_backward(grad: Tensor) -> None:
-            self._maps = scores, weights, grad.detach()
-
-        self._maps = scores, weights, None
+    def watch(self, scores: Tensor, attn: Tensor, visible: Tensor) -> Tensor:
+        """Take note of a forward pass; the weights that are returned tell of their gradient when it arrives."""
         self._why_no_grad = "the forward pass ran under torch.no_grad(), or every parameter is frozen"
-        if attn.requires_grad:
-            self._why_no_grad = "call loss.backward() inside the 'with' block, on a loss that depends on this layer"
-            handles.append(attn.register_hook(on_backward))
+        scores = scores.detach() if self.keep_maps else None
+        if self.keep_maps:
+            self._maps = scores, attn.detach(), visible, None
+        if not attn.requires_grad:
+            return attn
+        self._why_no_grad = "call loss.backward() inside the 'with' block, on a loss that depends on this layer"
+        return _Watched.apply(attn, visible, functools.partial(self._arrived, scores))
+
+    def close(self) -> None:
+        """Gradients that arrive later are not taken in."""
+        self._open = False
+
+    def _arrived(self, scores: Tensor | None, attn: Tensor, visible: Tensor, grad: Tensor) -> None:
+        if not self._open:
+            return
+        if not (some := visible.any(-1, keepdim=True)).all():  # a padded query, whatever the model makes of it
+            attn = attn.masked_fill(~some, 0.0)
+        if self.keep_maps:
+            self._maps = scores, attn, visible, grad
+        else:
+            self._sums.append(head_sums(attn, grad, visible))
+
+
+class _Watched(torch.autograd.Function):
+    """Attention weights, unchanged, whose gradient is seen as it passes by.
+
+    What ``arrived`` is given lies in the graph, and nowhere else: it is freed, offloaded or recomputed with it.
+    """
+
+    @staticmethod
+    def forward(ctx, attn: Tensor, visible: Tensor, arrived: Callable[[Tensor, Tensor, Tensor], None]) -> Tensor:
+        ctx.arrived = arrived
+        ctx.save_for_backward(attn, visible)
+        return attn.view_as(attn)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        attn, visible = ctx.saved_tensors
+        ctx.arrived(attn.detach(), visible, grad.detach())
+        return grad, None, None
+
+
+class _Softmaxes(TorchFunctionMode):
+    """While a module of ``model`` is at work, every softmax over keys in it goes through one of two methods.
+
+    A mode is off inside its own handlers, so whatever these call is seen by an outer mode alone; captures and rules can
+    be nested in any order. Each module's hooks tell that it is at work: so the mode is on as well where activations are
+    computed again in the backward pass.
+    """
+
+    def __init__(self, model: nn.Module, only: str) -> None:
+        super().__init__()
+        self.model, self.only = model, only
+        self.at_work: list[str] = []  # names of modules, the innermost last
+        self.has_run = False
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        handles: list[RemovableHandle] = []
+        for name, module in self.model.named_modules():
+            if hasattr(module, "_orig_mod") or module._compiled_call_impl:  # torch.compile(m), m.compile()
+                raise ValueError(
+                    f"{name or type(module).__name__!r} is compiled, and nothing inside it can be seen: "
+                    "use the model as it was before torch.compile"
+                )
+        try:
+            for name, module in self.model.named_modules():
+                handles.append(module.register_forward_pre_hook(functools.partial(self._enter, name)))
+                handles.append(module.register_forward_hook(self._leave, always_call=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, name: str, module, inputs) -> None:
+        if not self.at_work:
+            self.begin()
+            self.__enter__()
+        self.at_work.append(name)
+
+    def _leave(self, module, inputs, output) -> None:
+        self.at_work.pop()
+        if not self.at_work:
+            self.__exit__(None, None, None)
+
+    def begin(self) -> None:
+        """A new pass."""
+        self.has_run = True
+
+    def plain(self, softmax: Callable[[Tensor], Tensor], scores: Tensor, visible: Tensor) -> Tensor:
+        """The weights of a softmax that the model calls itself: ``softmax(scores)``."""
+        raise NotImplementedError
+
+    def written(self, scores: Tensor, visible: Tensor, activation: Callable, send_back: Callable) -> Tensor:
+        """Those of ``attention_weights``."""
+        raise NotImplementedError
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if not re.search(self.only, self.at_work[-1]):
+            return func(*args, **kwargs)
+        if func is attention_weights:
+            return self.written(*args, **kwargs)
+        name = getattr(func, "__name__", None)
+        if name == "scaled_dot_product_attention":
+            with self:
+                return _attention_step_by_step(*args, **kwargs)
+        if name == "multi_head_attention_forward":
+            return self._multi_head(func, *args, **kwargs)
+        if name == "softmax":  # of torch, of torch.nn.functional, or of a tensor
+            return self._softmax(func, *args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _softmax(self, func, input: Tensor, dim: int, *args, n_heads: int | None = None, **kwargs) -> Tensor:
+        """``n_heads``: of a softmax over scores (B * H, T_q, T_k)."""
+        if dim not in (-1, input.dim() - 1) or (input.dim() != 4 and n_heads is None):
+            return func(input, dim, *args, **kwargs)  # of the experts of a mixture, for instance: no attention
+        scores = input.view(-1, n_heads or input.shape[1], *input.shape[-2:])
+        attn = self.plain(lambda scores: func(scores, -1, *args, **kwargs), scores, scores > MASKED)
+        return attn.view_as(input)
+
+    def _multi_head(self, func, query, key, value, embed_dim, num_heads, *args, **kwargs):
+        """PyTorch's function looks two names up where no mode is on: meanwhile they lead back here."""
+        softmax, attention = F.softmax, F.scaled_dot_product_attention  # those of an outer mode, if it came here first
+
+        def own_softmax(*args, **kwargs) -> Tensor:
+            return self._softmax(softmax, *args, n_heads=num_heads, **kwargs)
+
+        def own_attention(*args, **kwargs) -> Tensor:
+            with self:
+                return attention(*args, **kwargs)
+
+        with mock.patch.multiple(F, softmax=own_softmax, scaled_dot_product_attention=own_attention):
+            return func(query, key, value, embed_dim, num_heads, *args, **kwargs)
+
+
+MASKED = torch.finfo(torch.float16).min / 2  # a score below says that the key is hidden: -inf, or the least of a type
+
+
+def _attention_step_by_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """What ``F.scaled_dot_product_attention`` computes, by way of scores and weights that can be seen."""
+    if enable_gqa:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = (x.repeat_interleave(groups, dim=-3) for x in (key, value))
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
+    if is_causal:
+        visible = visible.tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        visible = visible & attn_mask
+    elif attn_mask is not None:
+        scores, visible = scores + attn_mask, visible & (attn_mask > MASKED)
+    scores = scores.masked_fill(~visible, -math.inf)
+    parted = scores.view(*(1,) * (4 - scores.dim()), *scores.shape)
+    attn = attention_weights(parted, visible, _softmax_or_nothing).view_as(scores)
+    return F.dropout(attn, dropout_p).to(value.dtype) @ value
+
+
+def _softmax_or_nothing(scores: Tensor) -> Tensor:
+    """A query that may see no key, as in padding, attends to none."""
+    return scores.softmax(-1).masked_fill((scores == -math.inf).all(-1, keepdim=True), 0.0)
+
+
+class _Capture(_Softmaxes):
+    """Shows every attention of a model to a ``CapturedAttention`` of its own, by the name of the module at work."""
+
+    def __init__(self, model: nn.Module, only: str, maps: bool) -> None:
+        super().__init__(model, only)
+        self.maps = maps
+        self.layers: list[CapturedAttention] = []
+        self.used: Counter[str] = Counter()
+
+    def begin(self) -> None:
+        super().begin()
+        self.used.clear()
+
+    def plain(self, softmax, scores, visible):
+        return self._watch(scores, softmax(scores), visible)
+
+    def written(self, scores, visible, activation, send_back):
+        return self._watch(scores, attention_weights(scores, visible, activation, send_back), visible)
+
+    def _watch(self, scores: Tensor, attn: Tensor, visible: Tensor) -> Tensor:
+        name = self.at_work[-1]
+        self.used[name] += 1
+        if self.used[name] > 1:  # a module that is used again in the same pass is a further layer
+            name = f"{name} ({self.used[name]})"
+        layer = next((layer for layer in self.layers if layer.name == name), None)
+        if layer is None:
+            layer = CapturedAttention(name, self.maps)
+            self.layers.append(layer)
+        return layer.watch(scores, attn, visible)
 
 
 @contextmanager
-def capture_attention(model: torch.nn.Module) -> Iterator[list[CapturedAttention]]:
-    """Record every attention layer of ``model`` through forward hooks; yields one CapturedAttention a layer, in order.
+def capture_attention(model: nn.Module, maps: bool = False, only: str = "") -> Iterator[list[CapturedAttention]]:
+    """Record every attention of ``model``, an ordinary PyTorch transformer; yields a list that fills as it is used.
 
-    A layer is a module that maps scores (B, H, T, T) to attention weights of the same shape (``AttentionWeights``). The
-    gradient is that of the tensor which the forward pass really uses. On leaving, also after an exception, these hooks
-    and no others are removed; what was captured stays readable. Raises ValueError on a model without such a layer, and
-    on one that torch.compile has turned into a program without hooks.
+    An attention is a softmax over keys that runs in one of the model's modules, by ``F.scaled_dot_product_attention``,
+    ``nn.MultiheadAttention``, or any of PyTorch's softmax functions on scores (B, H, T_q, T_k); layers are named after
+    the module and come in their order of use. Each keeps what ``energy_table`` needs of every backward pass inside the
+    block, or if ``maps`` the maps of the last one. ``only`` is a regular expression that the names are to match. The
+    weights and gradients are those of the pass itself, which is computed by the same formulas, step by step.
+
+    On leaving, also after an exception, the model and PyTorch are as they were; what was captured stays readable.
+    Raises ValueError on a model that torch.compile has turned into a program, and RuntimeError on leaving if no
+    attention was found.
 
     >>> model = LocalGPT(LocalGPTConfig(block_size=8, vocab_size=10, n_layer=2, n_head=2, n_embd=16))
     >>> idx = torch.arange(8)[None]
-    >>> with capture_attention(model) as layers:
+    >>> with capture_attention(model, maps=True) as layers:
     ...     model(idx, idx)[1].backward()
-    >>> [tuple(layer.grad.shape) for layer in layers]
-    [(1, 2, 8, 8), (1, 2, 8, 8)]
+    >>> [(layer.name, tuple(layer.grad.shape)) for layer in layers]
+    [('blocks.0.attn.attn_weights', (1, 2, 8, 8)), ('blocks.1.attn.attn_weights', (1, 2, 8, 8))]
     """
-    modules = {name: m for name, m in model.named_modules() if isinstance(m, AttentionWeights)}
-    if not modules:
-        raise ValueError(f"{type(model).__name__} has no AttentionWeights module: there is nothing to capture")
-    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in model.modules()):  # torch.compile(m), m.compile()
-        raise ValueError("hooks do not run in a compiled model: capture the model as it was before torch.compile")
-    layers = [CapturedAttention(name) for name in modules]
-    handles: list[RemovableHandle] = []
+    capture = _Capture(model, only, maps)
     try:
-        for module, layer in zip(modules.values(), layers, strict=True):
-            handles.append(module.register_forward_hook(functools.partial(layer._on_forward, handles)))
-        yield layers
+        with capture.attached():
+            yield capture.layers
     finally:
-        for handle in handles:
-            handle.remove()
+        for layer in capture.layers:
+            layer.close()
+    if not capture.layers:
+        why = "none of PyTorch's softmaxes over keys was called" if capture.has_run else "no module was called"
+        raise RuntimeError(
+            f"{type(model).__name__}: no attention was seen inside the 'with' block: {why}"
+            f"{f' in a module whose name matches {only!r}' if only else ''}. A fused kernel that is called directly "
+            "cannot be seen: choose the model's eager or sdpa implementation"
+        )
+
+
+class _Rule(_Softmaxes):
+    """Every attention sends its error back by ``send_back``."""
+
+    def __init__(self, model: nn.Module, only: str, send_back: Rule) -> None:
+        super().__init__(model, only)
+        self.send_back = send_back
+
+    def plain(self, softmax, scores, visible):
+        return attention_weights(scores, visible, softmax, self._sent)
+
+    def written(self, scores, visible, activation, send_back):
+        return attention_weights(scores, visible, activation, self._sent)
+
+    @torch.no_grad()
+    def _sent(self, attn: Tensor, grad: Tensor, visible: Tensor) -> Tensor | None:
+        sent = self.send_back(attn, grad, visible)
+        return sent if sent is None else sent.masked_fill(~visible.any(-1, keepdim=True), 0.0)
+
+
+@contextmanager
+def softmax_rule(model: nn.Module, name: str, only: str = "") -> Iterator[None]:
+    """Inside the block the softmax of every attention of ``model`` sends its error back by a ``SOFTMAX_BACKWARD``.
+
+    See ``capture_attention`` for what is an attention, for ``only`` and for what is refused; ValueError also on a rule
+    that is not known, or that has a memory.
+
+    >>> attention = nn.MultiheadAttention(4, 2, batch_first=True)
+    >>> x = torch.randn(1, 3, 4)
+    >>> with softmax_rule(attention, "none"):
+    ...     attention(x, x, x)[0].sum().backward()
+    >>> attention.in_proj_weight.grad.abs().sum(1).gt(0).view(3, 4).any(1).tolist()  # of queries, keys, values
+    [False, False, True]
+    """
+    rule = SOFTMAX_BACKWARD.get(name)
+    if rule is None or hasattr(rule, "start"):
+        known = [known for known, rule in SOFTMAX_BACKWARD.items() if not hasattr(rule, "start")]
+        raise ValueError(f"{name!r} is no rule without a memory: choose one of {', '.join(known[:10])}")
+    with _Rule(model, only, rule).attached():
+        yield
 
 
 def capture_batch(model: LocalGPT, x: Tensor, y: Tensor) -> list[CapturedAttention]:
     """Capture one forward and backward pass on (x, y), leaving every parameter's ``.grad`` as it was."""
-    with capture_attention(model) as layers:
+    with capture_attention(model, maps=True) as layers:
         gradients(model, x, y)
     return layers
 
@@ -917,13 +1179,66 @@ def split_softmax_gradient(attn: Tensor, grad: Tensor) -> SoftmaxGradient:
     return SoftmaxGradient(full(attn, grad, visible), diagonal(attn, grad, visible), attn * minus_others)
 
 
+class HeadSums(NamedTuple):
+    """What ``head_energy`` needs of some sequences, in float64: gradients are counted in units of ``size``."""
+
+    products: Tensor  # (B, H, 9): inner products of maps, see _inner_products
+    noise: Tensor  # (B, H): what rounding may make of the first of them, |f|^2
+    shapes: Tensor  # (B, H, 3): entropy, attn_max, attn_mean
+    size: Tensor  # (H,): the largest gradient of the head
+
+    @classmethod
+    def of_all(cls, parts: Iterable[HeadSums]) -> HeadSums:
+        """Those of the sequences of all ``parts``."""
+        parts = list(parts)
+        size = torch.stack([part.size for part in parts]).amax(0)
+        scales = [(part.size / size).square() for part in parts]
+        return cls(
+            torch.cat([part.products * scale[:, None] for part, scale in zip(parts, scales, strict=True)]),
+            torch.cat([part.noise * scale for part, scale in zip(parts, scales, strict=True)]),
+            torch.cat([part.shapes for part in parts]),
+            size,
+        )
+
+
 @torch.no_grad()
+def head_sums(attn: Tensor, grad: Tensor, visible: Tensor | None = None) -> HeadSums:
+    """The sums over (query, key) pairs that ``head_energy``, which see, takes its figures from."""
+    visible, off = _check_attention(attn, grad, visible)
+    # a head's largest gradient: divided by it, squares neither overflow nor vanish; 0 makes all of the head NaN
+    size = grad.abs().amax((0, 2, 3)).double()
+    masks = visible.expand(len(attn), *visible.shape[1:])
+
+    # one sequence at a time: its maps stay in the processor's cache, which is three times faster than the whole batch
+    products, shapes = [], []
+    for a, g, seen in zip(attn, grad, masks, strict=True):
+        a = a.double()
+        a = a / a.sum(-1, keepdim=True).where(seen.any(-1, keepdim=True), 1.0)
+        products.append(_inner_products(a, g.double() / size[:, None, None], seen))
+        n_seen = seen.sum(-1)
+        several = n_seen > 1  # a query with a single key has a = 1 and J = 0: it carries nothing
+        entropy = torch.special.entr(a).sum(-1) / n_seen.double().log()
+        of_rows = [x.where(several, 0.0).sum(-1) / several.sum(-1) for x in (entropy, a.amax(-1))]
+        shapes.append(torch.stack([*of_rows, a.sum((-2, -1)) / seen.sum((-2, -1))], -1))
+    products = torch.stack(products)
+    ff, dd, ee = products[..., 0], products[..., 1], products[..., 5]
+
+    # What rounding makes of f = J g: relative errors u of g give u^2 sum_k |J's column k|^2 g_k^2 <= 2 u^2 |d|^2, those
+    # of a, whose rows sum to 1, 2 u^2 |f|^2. Near zero errors are absolute, a format's step. float64 adds its own.
+    (u_a, step_a), (u_g, step_g) = _precision(attn), _precision(grad)
+    u = max(off, u_a, u_g)  # rounding moves a sum of 1 by its relative error at the most
+    n_keys = attn.shape[-1]
+    noise = 2 * u**2 * (dd + ff) + (step_a**2 + EPS64**2) * ee + n_keys / 8 * (step_g / size) ** 2
+    return HeadSums(products, noise, torch.stack(shapes), size)
+
+
 def head_energy(
     attn: Tensor, grad: Tensor, visible: Tensor | None = None, n_boot: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
     """How much of the softmax's backward pass is diagonal and how much lateral, one row a head.
 
-    attn: softmax weights (B, H, T, T); grad: dL/dA of the same shape; visible: boolean (T, T), causal if not given.
+    attn: softmax weights (B, H, T_q, T_k); grad: dL/dA of the same shape; visible: boolean, of a shape that
+    broadcasts to theirs, (T, T) and causal if not given.
 
     ============================== ========================================================================= =========
     column                         meaning                                                                   range
@@ -953,34 +1268,17 @@ def head_energy(
     >>> row[["r_diag", "r_offdiag", "r_cross", "cos_diag"]].map(float).tolist()
     [0.25, 0.25, 0.5, 1.0]
     """
-    visible, off = _check_attention(attn, grad, visible)
+    return _figures(head_sums(attn, grad, visible), n_boot, seed)
+
+
+def _figures(sums: HeadSums, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """See ``head_energy``."""
     if not isinstance(n_boot, Integral) or n_boot < 1:
         raise ValueError(f"n_boot={n_boot}: an interval needs resamples, a thousand or so")
-    n_visible = visible.sum(-1)
-    several = n_visible > 1  # a query with a single key has a = 1 and J = 0: it carries nothing
-    B, H, T, _ = attn.shape
-    # a head's largest gradient: divided by it, squares neither overflow nor vanish; 0 makes all of the head NaN
-    size = grad.abs().amax((0, 2, 3)).double()[:, None, None]
-
-    # one sequence at a time: its maps stay in the processor's cache, which is three times faster than the whole batch
-    products, entropy = [], []
-    for a, g in zip(attn, grad, strict=True):
-        a = a.double() / a.sum(-1, keepdim=True, dtype=torch.float64)
-        products.append(_inner_products(a, g.double() / size, visible))
-        entropy.append((torch.special.entr(a).sum(-1)[:, several] / n_visible[several].double().log()).mean(-1))
-    ff, dd, oo, do, df, ee, ef, gg, gf = torch.stack(products).unbind(-1)  # (B, H) each
-    shapes = {
-        "entropy": torch.stack(entropy),
-        "attn_max": attn.amax(-1)[..., several].double().mean(-1),
-        "attn_mean": attn.sum((-2, -1), dtype=torch.float64) / visible.sum(),
-    }
-
-    # What rounding makes of f = J g: relative errors u of g give u^2 sum_k |J's column k|^2 g_k^2 <= 2 u^2 |d|^2, those
-    # of a, whose rows sum to 1, 2 u^2 |f|^2. Near zero errors are absolute, a format's step. float64 adds its own.
-    (u_a, step_a), (u_g, step_g) = _precision(attn), _precision(grad)
-    u = max(off, u_a, u_g)  # rounding moves a sum of 1 by its relative error at the most
-    noise = 2 * u**2 * (dd + ff) + (step_a**2 + EPS64**2) * ee + T / 8 * (step_g / size[:, 0, 0]) ** 2
-    floor = noise / ROUNDING**2
+    ff, dd, oo, do, df, ee, ef, gg, gf = sums.products.unbind(-1)  # (B, H) each
+    B, H = ff.shape
+    shapes = dict(zip(("entropy", "attn_max", "attn_mean"), sums.shapes.unbind(-1), strict=True))
+    floor = sums.noise / ROUNDING**2
     pairs = {"cos_diag": (df, dd), "cos_ste": (ef, ee), "cos_ste_unmasked": (gf, gg)}
     cosines = {name: torch.where(ff > floor, xf / (xx * ff).sqrt(), torch.nan) for name, (xf, xx) in pairs.items()}
     unknown = ((gg > 0) & (ff <= floor)).any(0).cpu().numpy()  # a mean over the other sequences is that of a selection
@@ -1034,35 +1332,45 @@ def _check_attention(attn: Tensor, grad: Tensor, visible: Tensor | None) -> tupl
     """Refuse what is no softmax attention; return the boolean map of visible keys and the largest |row sum - 1|."""
     if not all(isinstance(values, Tensor) for values in (attn, grad, attn if visible is None else visible)):
         raise ValueError("attn, grad and visible are expected as torch tensors: write torch.as_tensor(...)")
-    if attn.dim() != 4 or attn.shape[-1] != attn.shape[-2] or attn.shape != grad.shape or not attn.numel():
+    if attn.dim() != 4 or attn.shape != grad.shape or not attn.numel():
         shapes = f"{tuple(attn.shape)} and {tuple(grad.shape)}"
-        raise ValueError(f"expected attn and grad of one shape (B, H, T, T), four sizes, none of them 0, got {shapes}")
+        raise ValueError(f"expected attn and grad of one shape (B, H, T_q, T_k), none of the four 0, got {shapes}")
     if not (attn.is_floating_point() and grad.is_floating_point()):
         raise ValueError(f"expected floating-point numbers, got attn {attn.dtype} and grad {grad.dtype}")
     if visible is None:
+        if attn.shape[-2] != attn.shape[-1]:
+            raise ValueError(f"attn has shape {tuple(attn.shape)}: say which keys are visible, there is no causal mask")
         visible = torch.ones(attn.shape[-2:], dtype=torch.bool, device=attn.device).tril()
-    if visible.dtype != torch.bool or visible.shape != attn.shape[-2:]:
-        raise ValueError(f"visible is {visible.dtype} {tuple(visible.shape)}: expected a boolean map (T, T)")
-    off = (attn.sum(-1, dtype=torch.float64) - 1).abs().amax().item()
+    try:
+        fits = torch.broadcast_shapes(visible.shape, attn.shape) == attn.shape
+    except RuntimeError:
+        fits = False
+    if visible.dtype != torch.bool or not fits:
+        raise ValueError(
+            f"visible is {visible.dtype} {tuple(visible.shape)}: expected a boolean map that broadcasts to attn's "
+            f"{tuple(attn.shape)}"
+        )
+    visible = visible.view(*(1,) * (4 - visible.dim()), *visible.shape)
+    some = visible.any(-1)  # (B or 1, H or 1, T_q or 1): a padded query may see none
+    off = (attn.sum(-1, dtype=torch.float64) - some.double()).abs().amax().item()
     if not (attn.amin() >= 0 and off <= max(1e-3, 2 * _precision(attn)[0])):  # written so that NaN fails too
         raise ValueError("the rows of attn are not weights that sum to 1: the split is that of a softmax")
-    if attn.amax((0, 1))[~visible].any():
+    if (attn.amax((0, 1), keepdim=True) if visible.shape[:2] == (1, 1) else attn).masked_fill(visible, 0.0).any():
         raise ValueError("attn is not zero on masked keys: pass the map of visible keys that the model used")
     if not grad.abs().amax().isfinite():
         raise ValueError("grad holds values that are not finite")
     return visible, off
 
 
-def energy_table(layers: Iterable[CapturedAttention]) -> pd.DataFrame:
-    """``head_energy`` of all captured layers (of equal shape), one row a (layer, head)."""
+def energy_table(layers: Iterable[CapturedAttention], n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """``head_energy`` of all captured layers and all their passes, one row a (layer, head)."""
     layers = list(layers)
     if not layers:
         raise ValueError("no layer was given: a table needs one or more")
-    table = head_energy(torch.cat([layer.attn for layer in layers], 1), torch.cat([layer.grad for layer in layers], 1))
-    places = [(i, head) for i, layer in enumerate(layers) for head in range(layer.attn.shape[1])]
-    table["head"] = [head for _, head in places]
-    table.insert(0, "layer", [i for i, _ in places])
-    return table
+    tables = [_figures(layer.sums, n_boot, seed) for layer in layers]
+    for i, table in enumerate(tables):
+        table.insert(0, "layer", i)
+    return pd.concat(tables, ignore_index=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

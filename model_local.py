@@ -38,6 +38,7 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -338,7 +339,7 @@ class AttentionWeights(nn.Module):
             self.register_buffer("memory", self.rule.start(config))
 
     def forward(self, scores: Tensor, visible: Tensor) -> Tensor:
-        return _RuledWeights.apply(scores, visible, self)
+        return attention_weights(scores, visible, self.activation, self.send_back)
 
     @torch.no_grad()
     def send_back(self, attn: Tensor, grad: Tensor, visible: Tensor) -> Tensor | None:
@@ -350,13 +351,30 @@ class AttentionWeights(nn.Module):
         return sent
 
 
+def attention_weights(
+    scores: Tensor,
+    visible: Tensor,
+    activation: Callable[[Tensor], Tensor] = ATTN_MODES["softmax"],
+    send_back: Callable[[Tensor, Tensor, Tensor], Tensor | None] = SOFTMAX_BACKWARD["full"],
+) -> Tensor:
+    """``a = activation(s)`` forwards, ``dL/ds = send_back(a, dL/da, visible)`` backwards.
+
+    scores: (..., T_q, T_k), ``-inf`` where ``visible``, of a shape that broadcasts to theirs, is False. A query that
+    sees no key has weights of 0 and gets no error. Like PyTorch's own functions this one can be overridden by a
+    ``torch.overrides.TorchFunctionMode``: that is how a capture sees it.
+    """
+    if has_torch_function_unary(scores):
+        return handle_torch_function(attention_weights, (scores,), scores, visible, activation, send_back)
+    return _RuledWeights.apply(scores, visible, activation, send_back)
+
+
 class _RuledWeights(torch.autograd.Function):
-    """``a = activation(s)`` forwards, ``dL/ds = rule(a, dL/da)`` backwards."""
+    """See ``attention_weights``."""
 
     @staticmethod
-    def forward(ctx, scores: Tensor, visible: Tensor, weights: AttentionWeights) -> Tensor:
-        attn = weights.activation(scores)
-        ctx.weights = weights
+    def forward(ctx, scores: Tensor, visible: Tensor, activation: Callable, send_back: Callable) -> Tensor:
+        attn = activation(scores)
+        ctx.send_back = send_back
         ctx.save_for_backward(attn, visible)
         return attn
 
@@ -364,7 +382,7 @@ class _RuledWeights(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         _refuse_second_derivative()
         attn, visible = ctx.saved_tensors
-        return ctx.weights.send_back(attn, grad, visible), None, None
+        return ctx.send_back(attn, grad, visible), None, None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

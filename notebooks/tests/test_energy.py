@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import energy_table, head_energy, split_softmax_gradient
+from helpers import HeadSums, energy_table, head_energy, head_sums, split_softmax_gradient
 
 FIGURES = ["r_diag", "r_offdiag", "r_cross", "one_minus_r_diag", "cos_diag", "cos_ste"]
 seeds = st.integers(0, 2**32 - 1)
@@ -169,7 +169,7 @@ def test_the_interval_is_that_of_all_resamples_of_the_sequences():
 
 def test_layers_and_heads_of_the_table_are_those_of_the_capture():
     maps = [random_maps(2, H, 4, seed=H) for H in (3, 3, 1, 2)]
-    table = energy_table(SimpleNamespace(attn=a, grad=g) for a, g in maps)
+    table = energy_table(SimpleNamespace(name="", sums=head_sums(a, g)) for a, g in maps)
     places = [(i, h) for i, (a, _) in enumerate(maps) for h in range(a.shape[1])]
     assert list(zip(table["layer"], table["head"], strict=True)) == places
     for place, row in zip(places, table.itertuples(), strict=True):
@@ -345,10 +345,11 @@ NEGATIVE = torch.tensor([[1.0, 0.0, 0.0], [1.5, -0.5, 0.0], [0.2, 0.3, 0.5]]).ex
         (ATTN, torch.where(GRAD[0, 1, 2, 0] == GRAD, math.inf, GRAD), {}, "not finite"),
         (ATTN.tril(-1) + ATTN.triu(), GRAD, {"visible": torch.eye(3, dtype=torch.bool)}, "not zero on masked keys"),
         (ATTN, GRAD, {"visible": torch.ones(3, 3)}, "boolean map"),
-        (ATTN, GRAD, {"visible": torch.ones(2, 2, 3, 3, dtype=torch.bool)}, "boolean map"),
+        (ATTN, GRAD, {"visible": torch.ones(3, 2, 3, 3, dtype=torch.bool)}, "boolean map"),
+        (ATTN, GRAD, {"visible": torch.ones(1, 2, 2, 3, 3, dtype=torch.bool)}, "boolean map"),
         (ATTN[0], GRAD[0], {}, "one shape"),
         (ATTN, GRAD[:1], {}, "one shape"),
-        (ATTN[..., :2], GRAD[..., :2], {}, "one shape"),
+        (ATTN[..., :2], GRAD[..., :2], {}, "say which keys are visible"),
         (ATTN[:0], GRAD[:0], {}, "one shape"),
         (ATTN[:, :0], GRAD[:, :0], {}, "one shape"),
         (torch.eye(3).long().expand(2, 2, 3, 3), GRAD, {}, "floating-point"),
@@ -389,3 +390,42 @@ def test_a_single_token_and_a_head_without_gradient_give_an_undefined_row():
     assert not head_energy(one, one)["defined"].any()
     row = head_energy(ATTN, GRAD * torch.tensor([1.0, 0.0])[:, None, None], n_boot=50).iloc[1]
     assert not row["defined"] and row[FIGURES].isna().all() and row["attn_mean"] == pytest.approx(2 / 4)
+
+
+# --- maps that are not square, masks that differ, sums put together ---------------------------------------------------
+
+
+def test_a_mask_of_each_sequence_is_as_the_sequences_without_what_is_masked():
+    """Left padding: its queries see no key, and nobody sees its keys."""
+    attn, grad = random_maps(B=2, H=2, T=6)
+    padded = torch.zeros(1, 2, 8, 8, dtype=torch.float64)
+    padded[..., 2:, 2:] = attn[0]
+    whole, _ = random_maps(B=1, H=2, T=8, seed=3)
+    grads = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    grads[0, :, 2:, 2:] = grad[0]
+    visible = causal(8).repeat(2, 1, 1, 1)
+    visible[0, :, :2] = visible[0, ..., :2] = False
+    both = head_sums(torch.cat([padded, whole]), grads, visible)
+    alone = HeadSums.of_all([head_sums(attn[:1], grad[:1]), head_sums(whole, grads[1:])])
+    visible_figures = [0, 1, 2, 3, 4, 5, 6]  # not those of g on all keys
+    for got, expected in ((both, alone),):
+        scale = (got.size / expected.size).square()[:, None]
+        torch.testing.assert_close(got.products[..., visible_figures] * scale, expected.products[..., visible_figures])
+        torch.testing.assert_close(got.shapes, expected.shapes)
+
+
+def test_fewer_queries_than_keys_are_the_last_rows_of_the_map():
+    attn, grad = random_maps(B=3, H=2, T=6)
+    last = causal(6)[4:]
+    table = head_energy(attn[:, :, 4:], grad[:, :, 4:], last, n_boot=1)
+    parts = split_softmax_gradient(attn[:, :, 4:], grad[:, :, 4:])
+    full, diag = (part.square().sum((-2, -1)).mean(0) for part in (parts.full, parts.diag))
+    np.testing.assert_allclose(table["r_diag"], diag / full)
+
+
+def test_the_sums_of_several_passes_are_those_of_their_sequences_together():
+    attn, grad = random_maps(B=5, H=2, T=4)
+    grad[3:] *= 1e3
+    apart = HeadSums.of_all([head_sums(attn[:3], grad[:3]), head_sums(attn[3:], grad[3:])])
+    for got, expected in zip(apart, head_sums(attn, grad), strict=True):
+        torch.testing.assert_close(got, expected)
