@@ -533,7 +533,7 @@ def operations(answer: object) -> str:
     weight = model.blocks[0].attn.q_proj.weight
 
     def gradient_after(operation: Callable[[Tensor], object]) -> Tensor:
-        with capture_attention(model) as layers:
+        with capture_attention(model, maps=True) as layers:
             _, loss = model(x, y)
             operation(layers[0].attn)
             return torch.autograd.grad(loss, weight)[0]
