@@ -359,9 +359,8 @@ def attention_weights(
 ) -> Tensor:
     """``a = activation(s)`` forwards, ``dL/ds = send_back(a, dL/da, visible)`` backwards.
 
-    scores: (..., T_q, T_k), ``-inf`` where ``visible``, of a shape that broadcasts to theirs, is False. A query that
-    sees no key has weights of 0 and gets no error. Like PyTorch's own functions this one can be overridden by a
-    ``torch.overrides.TorchFunctionMode``: that is how a capture sees it.
+    scores: (..., T_q, T_k), ``-inf`` where ``visible``, of a shape that broadcasts to theirs, is False. Like PyTorch's
+    own functions this one can be overridden by a ``torch.overrides.TorchFunctionMode``: that is how a capture sees it.
     """
     if has_torch_function_unary(scores):
         return handle_torch_function(attention_weights, (scores,), scores, visible, activation, send_back)
