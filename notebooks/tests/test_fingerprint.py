@@ -194,7 +194,7 @@ def test_the_key_of_a_run_holds_the_model(monkeypatch, name):
 
 def test_the_key_of_a_run_holds_neither_figures_nor_the_table_nor_rules_that_it_does_not_use(monkeypatch):
     before = key()
-    for name in ("plot_harm", "plot_head_map", "COLORS", "harm", "load_results", "head_energy", "train"):
+    for name in ("plot_harm", "COLORS", "harm", "load_results", "head_energy", "train", "_Capture", "head_sums"):
         monkeypatch.setattr(helpers, name, None)
     monkeypatch.setitem(model_local.SOFTMAX_BACKWARD, "mine", "whatever")
     monkeypatch.setitem(model_local.SOFTMAX_BACKWARD, "ste", model_local.none)
