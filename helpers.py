@@ -976,7 +976,7 @@ class _Softmaxes(TorchFunctionMode):
             return self._softmax(func, *args, **kwargs)
         return func(*args, **kwargs)
 
-    def _softmax(self, func, input: Tensor, dim: int, *args, n_heads: int | None = None, **kwargs) -> Tensor:
+    def _softmax(self, func, input: Tensor, dim: int | None = None, *args, n_heads: int | None = None, **kwargs):
         """``n_heads``: of a softmax over scores (B * H, T_q, T_k)."""
         if dim not in (-1, input.dim() - 1) or (input.dim() != 4 and n_heads is None):
             return func(input, dim, *args, **kwargs)  # of the experts of a mixture, for instance: no attention

@@ -231,6 +231,22 @@ def test_the_router_of_a_mixture_is_no_attention():
     assert [layer.name for layer in layers] == ["attention"]
 
 
+def test_a_softmax_that_leaves_its_axis_to_pytorch_is_let_through():
+    class Old(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = Attention(WAYS["sdpa"][0])
+
+        def forward(self, x):
+            return F.softmax(self.attention(x))
+
+    model, x = Old(), random(B, T, 16)
+    with pytest.warns(UserWarning, match="Implicit dimension"), capture_attention(model) as layers:
+        out = model(x)
+    torch.testing.assert_close(out, model.attention(x).softmax(0))
+    assert [layer.name for layer in layers] == ["attention"]
+
+
 # --- rules -----------------------------------------------------------------------------------------------------------
 
 
