@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import helpers
 from helpers import HeadSums, energy_table, head_energy, head_sums, split_softmax_gradient
 
 FIGURES = ["r_diag", "r_offdiag", "r_cross", "one_minus_r_diag", "cos_diag", "cos_ste"]
@@ -162,7 +163,7 @@ def test_the_interval_is_that_of_all_resamples_of_the_sequences():
     for name, values in exact.items():
         for end, share in (("lo", 0.025), ("hi", 0.975)):
             low, high = np.quantile(values, [share - 0.006, share + 0.006])  # five standard errors of 20,000 draws
-            assert low <= table[f"{name}_{end}"] <= high, (name, end)
+            assert low - 1e-9 <= table[f"{name}_{end}"] <= high + 1e-9, (name, end)  # rounding: there are many ties
     few = [head_energy(attn, grad, n_boot=9, seed=seed).iloc[0] for seed in (0, 0, 1)]
     assert few[0].equals(few[1]) and few[0]["r_diag_lo"] != few[2]["r_diag_lo"]
 
@@ -407,7 +408,7 @@ def test_a_mask_of_each_sequence_is_as_the_sequences_without_what_is_masked():
     visible[0, :, :2] = visible[0, ..., :2] = False
     both = head_sums(torch.cat([padded, whole]), grads, visible)
     alone = HeadSums.of_all([head_sums(attn[:1], grad[:1]), head_sums(whole, grads[1:])])
-    visible_figures = [0, 1, 2, 3, 4, 5, 6]  # not those of g on all keys
+    visible_figures = [0, 1, 2, 3, 5]  # not that of g on all keys
     for got, expected in ((both, alone),):
         scale = (got.size / expected.size).square()[:, None]
         torch.testing.assert_close(got.products[..., visible_figures] * scale, expected.products[..., visible_figures])
@@ -429,3 +430,10 @@ def test_the_sums_of_several_passes_are_those_of_their_sequences_together():
     apart = HeadSums.of_all([head_sums(attn[:3], grad[:3]), head_sums(attn[3:], grad[3:])])
     for got, expected in zip(apart, head_sums(attn, grad), strict=True):
         torch.testing.assert_close(got, expected)
+
+
+def test_the_fast_logarithm_is_right_to_thirteen_digits():
+    x = np.concatenate([np.logspace(-300, 300, 2001), np.linspace(0.5, 2, 2001)[1:-1]])
+    fast, exact = np.array([helpers._log(value) for value in x]), np.log(x)
+    assert np.abs(fast - exact).max() <= 1e-13 * np.abs(exact).max()
+    assert np.abs(fast[2001:] - exact[2001:]).max() < 1e-13
