@@ -1,0 +1,266 @@
+"""Models of the transformers library, random and small: the capture, the rules and data/any_model.py.
+
+The independent ways: the attentions that a model returns itself in its eager implementation, and the gradient that
+autograd leaves at them; a softmax whose gradient is cut by hand.
+"""
+
+import base64
+import io
+import json
+import re
+import socket
+import sys
+
+import pandas as pd
+import pytest
+import torch
+from bs4 import BeautifulSoup
+from torch.nn import functional as F
+
+from helpers import capture_attention, energy_table, get_batch, head_energy, load_corpus, softmax_rule
+
+transformers = pytest.importorskip("transformers", reason="not installed: python -m pip install -e .[transformers]")
+tokenizers = pytest.importorskip("tokenizers")
+
+import any_model  # noqa: E402: it needs transformers
+
+V, T, H = 300, 10, 4
+SIZES = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": H, "intermediate_size": 48}
+SIZES |= {"max_position_embeddings": 64}
+GROUPED = SIZES | {"num_key_value_heads": 2}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+SOFT = {"head_dim": 8, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0}
+GPT2 = {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": H, "n_positions": 64}
+T5 = {"vocab_size": V, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": H}
+LLAMA_LAYERS = ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+ALBERT_LAYER = "albert.encoder.albert_layer_groups.0.albert_layers.0.attention"
+# model type: what it is made for, its configuration, the names of its attentions
+MODELS = {
+    "gpt2": ("CausalLM", GPT2, ["transformer.h.0.attn", "transformer.h.1.attn"]),
+    "llama": ("CausalLM", GROUPED, LLAMA_LAYERS),
+    "mistral": ("CausalLM", GROUPED | {"sliding_window": 4}, LLAMA_LAYERS),
+    "qwen3": (
+        "CausalLM",
+        GROUPED | {"head_dim": 8, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+        LLAMA_LAYERS,
+    ),
+    "gpt_neox": ("CausalLM", SIZES, ["gpt_neox.layers.0.attention", "gpt_neox.layers.1.attention"]),
+    "gemma2": ("CausalLM", GROUPED | SOFT | {"sliding_window": 4}, LLAMA_LAYERS),
+    "gpt_oss": ("CausalLM", GROUPED | EXPERTS | {"head_dim": 8, "sliding_window": 4}, LLAMA_LAYERS),
+    "mixtral": ("CausalLM", GROUPED | EXPERTS, LLAMA_LAYERS),
+    "bert": ("MaskedLM", SIZES, [f"bert.encoder.layer.{i}.attention.self" for i in range(2)]),
+    "albert": ("MaskedLM", SIZES | {"embedding_size": 16}, [ALBERT_LAYER, f"{ALBERT_LAYER} (2)"]),
+    "t5": (
+        "Seq2SeqLM",
+        T5 | {"decoder_start_token_id": 0},
+        [f"encoder.block.{i}.layer.0.SelfAttention" for i in range(2)]
+        + [f"decoder.block.{i}.layer.{name}" for i in range(2) for name in ("0.SelfAttention", "1.EncDecAttention")],
+    ),
+}
+EAGER_ALONE = {"gemma2", "gpt_oss"}  # a soft cap, a sink: no fused attention has them
+ROUNDING = 1e-5  # of the largest value: float32 has 6e-8, and other kernels add up in another order
+
+
+def config_of(name, **changes):
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return transformers.AutoConfig.for_model(name, **MODELS[name][1], **special, **changes)
+
+
+def model_of(name, implementation="eager", **changes):
+    torch.manual_seed(0)
+    auto = getattr(transformers, f"AutoModelFor{MODELS[name][0]}")
+    model = auto.from_config(config_of(name, **changes), attn_implementation=implementation)
+    for parameter in model.parameters():  # as sharp as after some training, biases and sinks included
+        torch.nn.init.normal_(parameter, mean=float(parameter.data.mean().round()), std=0.15)
+    return model.eval()
+
+
+def batch_of(model, padding=None):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, V, (2, T), generator=generator)
+    batch = {"input_ids": ids, "labels": ids.clone()}
+    if model.config.is_encoder_decoder:
+        batch["labels"] = torch.randint(3, V, (2, T - 3), generator=generator)
+    if padding:
+        mask = torch.ones(2, T, dtype=torch.long)
+        mask[1, slice(3) if padding == "left" else slice(-3, None)] = 0
+        batch["attention_mask"] = mask
+        batch["input_ids"] = ids * mask
+        if not model.config.is_encoder_decoder:
+            asked = mask.cumsum(1) > 1  # the first token of all would be asked of a query that sees nothing
+            batch["labels"] = ids.masked_fill(~(asked & (mask == 1)), -100)
+    return batch
+
+
+def own_attentions(model, batch):
+    """The weights that the model returns, in the order of use, with ``grad``; and the gradients of its parameters."""
+    model.zero_grad()
+    out = model(**batch, output_attentions=True)
+    if model.config.is_encoder_decoder:
+        pairs = zip(out.decoder_attentions, out.cross_attentions, strict=True)
+        weights = [*out.encoder_attentions, *(attention for pair in pairs for attention in pair)]
+    else:
+        weights = list(out.attentions)
+    for attention in weights:
+        attention.retain_grad()
+    out.loss.backward()
+    return weights, gradients(model)
+
+
+def gradients(model):
+    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+def captured(model, batch, **options):
+    model.zero_grad()
+    with capture_attention(model, **options) as layers:
+        model(**batch).loss.backward()
+    return layers, gradients(model)
+
+
+def assert_close(found, expected, share=ROUNDING):
+    """Equal to a ``share`` of the largest of all expected values."""
+    atol = share * max(values.abs().max().item() for values in expected)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=atol)
+
+
+def queries_that_are_text(batch, attention):
+    """(B, 1, T_q, 1), False in padding: what such a query attends to means nothing."""
+    mask = batch.get("attention_mask", torch.ones(2, T))
+    if attention.shape[2] != T:  # a decoder's
+        mask = torch.ones(2, attention.shape[2])
+    return mask.bool()[:, None, :, None]
+
+
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_and_gradients_are_those_that_the_model_returns_itself(name, padding):
+    model = model_of(name)
+    batch = batch_of(model, padding)
+    weights, expected = own_attentions(model, batch)
+    tables = []
+    for implementation in ("eager",) if name in EAGER_ALONE else ("eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        layers, found = captured(model, batch, maps=True)
+        assert [layer.name for layer in layers] == MODELS[name][2]
+        assert_close(found, expected)
+        for layer, own in zip(layers, weights, strict=True):
+            text = queries_that_are_text(batch, own)
+            keys = own.shape[-1]
+            assert layer.attn.shape == (2, H, own.shape[2], keys + (name == "gpt_oss"))
+            visible = layer.visible.expand_as(layer.attn)[..., :keys]
+            assert torch.equal(visible & text, (own > 0) & text)
+            assert_close([layer.attn[..., :keys] * text], [own * text])
+            assert_close([layer.grad[..., :keys] * (visible & text)], [own.grad * (visible & text)])
+        tables.append(energy_table(layers, n_boot=20))
+        streamed = energy_table(captured(model, batch)[0], n_boot=20)
+        pd.testing.assert_frame_equal(streamed, tables[-1])
+    shown = [table[table.columns[~table.columns.str.contains("unmasked")]] for table in tables]  # it sees padding
+    pd.testing.assert_frame_equal(shown[0], shown[-1], rtol=1e-3, atol=1e-4)
+    assert tables[0]["defined"].all() and len(tables[0]) == H * len(weights)
+
+
+def test_a_sink_takes_weight_and_hears_nothing():
+    model = model_of("gpt_oss")
+    layers, _ = captured(model, batch_of(model), maps=True)
+    for layer in layers:
+        torch.testing.assert_close(layer.attn.sum(-1), torch.ones(2, H, T))
+        assert layer.attn[..., -1].min() > 0 and not layer.grad[..., -1].any()
+
+
+def test_a_soft_cap_bounds_the_scores():
+    model = model_of("gemma2")
+    for layer in captured(model, batch_of(model), maps=True)[0]:
+        assert layer.scores[layer.visible.expand_as(layer.scores)].abs().max() < SOFT["attn_logit_softcapping"]
+
+
+def test_a_window_that_slides_is_seen():
+    causal = torch.ones(T, T, dtype=torch.bool).tril()
+    for name, windows in {"mistral": (4, 4), "qwen3": (T, 4), "gemma2": (4, T)}.items():
+        model = model_of(name)
+        for layer, window in zip(captured(model, batch_of(model), maps=True)[0], windows, strict=True):
+            assert torch.equal(layer.visible.expand(2, H, T, T)[1, 2], causal & ~causal.tril(-window))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "t5"])
+def test_half_precision(name, dtype):
+    model = model_of(name)
+    batch = batch_of(model)
+    exact = energy_table(captured(model, batch)[0], n_boot=1)
+    for implementation in ("eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        with torch.autocast("cpu", dtype):
+            model.zero_grad()
+            model(**batch).loss.backward()
+            expected = gradients(model)
+            layers, found = captured(model, batch, maps=True)
+        assert_close(found, expected, share=0.05)
+        table = energy_table(layers, n_boot=1)
+        both = table["defined"]
+        assert both.mean() > 0.5
+        for quantity in ("cos_diag", "entropy", "attn_max"):
+            assert (table[quantity] - exact[quantity])[both].abs().max() < 0.05, quantity
+
+
+def test_dropout_comes_after_the_weights():
+    model = model_of("gpt2", attn_pdrop=0.5).train()
+    for implementation in ("eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        for layer in captured(model, batch_of(model), maps=True)[0]:
+            torch.testing.assert_close(layer.attn.sum(-1), torch.ones(2, H, T))
+            assert 0.3 < (layer.grad == 0)[layer.visible.expand_as(layer.grad)].double().mean() < 0.7
+
+
+CUTS = {
+    "none": lambda scores: scores.detach().log_softmax(-1).exp(),  # the scores hear nothing
+    "zero": lambda scores: (scores - scores.logsumexp(-1, keepdim=True).detach()).exp(),  # the sum is a constant
+}
+
+
+@pytest.mark.parametrize("rule", CUTS)
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5", "bert"])
+def test_a_rule_is_a_softmax_that_is_cut_by_hand(name, rule, monkeypatch):
+    found = []
+    for implementation in ("eager", "sdpa"):
+        model = model_of(name, implementation)
+        batch = batch_of(model)
+        with softmax_rule(model, rule):
+            model(**batch).loss.backward()
+        found.append(gradients(model))
+    model = model_of(name)
+    own_attentions(model, batch)
+    exact = gradients(model)
+    model.zero_grad()
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "softmax", lambda scores, dim, dtype=None: CUTS[rule](scores))
+        model(**batch).loss.backward()
+    for other in found:
+        assert_close(other, gradients(model))
+    assert any((a - b).abs().max() > 1e-4 for a, b in zip(found[0], exact, strict=True))
+
+
+def test_a_model_that_was_trained_has_the_same_split_by_either_implementation():
+    corpus = load_corpus()
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(**GPT2 | {"vocab_size": corpus.vocab_size}, bos_token_id=None, eos_token_id=None)
+    model = transformers.GPT2LMHeadModel(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    generator = torch.Generator().manual_seed(0)
+    losses = []
+    for _ in range(60):
+        x, _ = get_batch(corpus.train, 32, 8, generator)
+        loss = model(input_ids=x, labels=x).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.5
+    model.eval()
+    x, _ = get_batch(corpus.val, 32, 8, generator)
+    tables = []
+    for implementation in ("eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        tables.append(energy_table(captured(model, {"input_ids": x, "labels": x})[0], n_boot=50))
+    pd.testing.assert_frame_equal(*tables, rtol=1e-3, atol=1e-4)
