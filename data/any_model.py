@@ -13,6 +13,7 @@ import argparse
 import base64
 import hashlib
 import io
+import pickle
 import platform
 import sys
 from collections.abc import Callable
@@ -52,6 +53,8 @@ class Windows:
     """``rows`` (N, L): windows of a text, spread evenly over it, without the special tokens that go around each."""
 
     def __init__(self, text: str, tokenizer: transformers.PreTrainedTokenizerBase, length: int, sequences: int) -> None:
+        if sequences < 2:
+            raise ValueError(f"{sequences} windows make no interval: take two or more")
         self.mask = tokenizer.mask_token_id
         ids, marked = (tokenizer(text, add_special_tokens=s, verbose=False)["input_ids"] for s in (False, True))
         start = next(i for i in range(len(marked)) if marked[i : i + len(ids)] == ids) if ids else 0
@@ -243,7 +246,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         report(args.model, args.text, args.out, args.length, args.sequences)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
         parser.exit(2, f"any_model.py: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "any_model.py: interrupted; nothing was written\n")

@@ -8,6 +8,7 @@ import base64
 import io
 import json
 import re
+import shutil
 import socket
 import sys
 
@@ -22,7 +23,7 @@ from helpers import capture_attention, energy_table, get_batch, head_energy, loa
 transformers = pytest.importorskip("transformers", reason="not installed: python -m pip install -e .[transformers]")
 tokenizers = pytest.importorskip("tokenizers")
 
-import any_model  # noqa: E402: it needs transformers
+import any_model  # noqa: E402 (it needs transformers)
 
 V, T, H = 300, 10, 4
 SIZES = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": H, "intermediate_size": 48}
@@ -264,3 +265,227 @@ def test_a_model_that_was_trained_has_the_same_split_by_either_implementation():
         model.set_attn_implementation(implementation)
         tables.append(energy_table(captured(model, {"input_ids": x, "labels": x})[0], n_boot=50))
     pd.testing.assert_frame_equal(*tables, rtol=1e-3, atol=1e-4)
+
+
+# --- python data/any_model.py ----------------------------------------------------------------------------------------
+
+TEXT = "".join(f"{i}. The café by the sea has {i * i} chairs, and in winter {i + 7} guests.\n" for i in range(30))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Folders with a model and a tokenizer that was trained here, and a text."""
+    folder = tmp_path_factory.mktemp("models")
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
+    trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel()
+    special = ["[PAD]", "[CLS]", "[SEP]", "[MASK]"]
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=V, special_tokens=special, initial_alphabet=alphabet)
+    trained.train_from_iterator([TEXT], trainer)
+    around = [("[CLS]", 1), ("[SEP]", 2)]
+    trained.post_processor = tokenizers.processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=around)
+    names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=trained, **names)
+    for name in ("gpt2", "bert", "t5", "gemma2"):
+        model_of(name).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Calls the command as from a shell, without a network; gives its exit status and what it said."""
+
+    def connect(*args):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+
+    def call(model, text, out, *more):
+        monkeypatch.setattr(
+            sys, "argv", ["any_model.py", *map(str, ("--model", model, "--text", text, "--out", out, *more))]
+        )
+        capsys.readouterr()
+        try:
+            any_model.main()
+        except SystemExit as leaving:
+            return leaving.code, capsys.readouterr().err
+        return 0, capsys.readouterr().out
+
+    return call
+
+
+def page_of(out):
+    soup = BeautifulSoup(out.read_text(encoding="utf-8"), "html.parser")
+    address = soup.find("a", download=True)["href"]
+    kind, data = address.split(",")
+    assert kind == "data:text/csv;base64"
+    return soup, pd.read_csv(io.BytesIO(base64.b64decode(data)))
+
+
+@pytest.mark.parametrize(("name", "n_heads"), {"gpt2": 2 * H, "bert": 2 * H, "t5": 6 * H, "gemma2": 2 * H}.items())
+def test_the_command_writes_one_file_that_needs_no_other(name, n_heads, saved, command, tmp_path):
+    out = tmp_path / "new folder" / "split.html"
+    status, said = command(saved / name, saved / "text.txt", out, "--length", 24, "--sequences", 6)
+    assert status == 0 and f"{n_heads} heads" in said
+    assert [path.name for path in out.parent.iterdir()] == ["split.html"]
+    soup, table = page_of(out)
+    assert not soup.find_all(["script", "link", "iframe"])
+    assert all(tag["src"].startswith("data:") for tag in soup.find_all(src=True))
+    assert all(tag["href"].startswith("data:") for tag in soup.find_all(href=True))
+    assert len(table) == n_heads and list(dict.fromkeys(table["name"])) == MODELS[name][2]
+    assert (table["r_diag"] + table["r_offdiag"] + table["r_cross"]).sub(1).abs().max() < 1e-9
+    rows = soup.select_one(".wide table tbody").find_all("tr")
+    assert len(rows) == n_heads
+    first, row = table.iloc[0], [cell.text for cell in rows[0].find_all("td")]
+    assert row[:3] == ["0", MODELS[name][2][0], "0"]
+    assert row[3] == f"{first['r_diag']:.2f} [{first['r_diag_lo']:.2f}, {first['r_diag_hi']:.2f}]"
+    for image, quantity in zip(soup.find_all("img"), any_model.QUANTITIES, strict=True):
+        picture = base64.b64decode(image["src"].split(",")[1]).decode()
+        assert image["src"].startswith("data:image/svg+xml") and picture.rstrip().endswith("</svg>")
+        assert image["alt"].startswith(f"{quantity} of {n_heads} heads")
+        largest = table.loc[table[quantity].idxmax()]
+        assert f"to {largest[quantity]:.2f} (layer {largest['layer']}, head {largest['head']})" in image["alt"]
+        assert image.find_next("figcaption").text == any_model.QUANTITIES[quantity]
+    said = [f"{table[quantity].mean():.2f}" for quantity in any_model.QUANTITIES]
+    assert [strong.text for strong in soup.find("p").find_all("strong")] == said
+    facts = soup.find_all("table")[-1].text
+    assert name in facts and transformers.__version__ in facts and torch.__version__ in facts
+    assert str(saved) not in soup.text
+    before = out.read_bytes()
+    command(saved / name, saved / "text.txt", out, "--length", 24, "--sequences", 6)
+    assert out.read_bytes() == before
+
+
+def test_what_it_writes_is_what_the_model_says_of_its_own_attentions(saved, command, tmp_path):
+    out = tmp_path / "split.html"
+    assert command(saved / "gpt2", saved / "text.txt", out, "--length", 24, "--sequences", 10)[0] == 0
+    soup, table = page_of(out)
+    model = transformers.AutoModelForCausalLM.from_pretrained(saved / "gpt2", attn_implementation="eager").eval()
+    ids = transformers.AutoTokenizer.from_pretrained(saved / "gpt2")(TEXT, add_special_tokens=False)["input_ids"]
+    L = 24 - 2  # of text: [CLS] and [SEP] are around it
+    n = len(ids) // L
+    starts = [L * round(i * (n - 1) / 9) for i in range(10)]
+    windows = torch.tensor([[1, *ids[start : start + L], 2] for start in starts])
+    weights, _ = own_attentions(model, {"input_ids": windows, "labels": windows})
+    expected = pd.concat([head_energy(attention.detach(), attention.grad) for attention in weights], ignore_index=True)
+    pd.testing.assert_frame_equal(table[expected.columns], expected, rtol=1e-3, atol=1e-4)
+    loss = re.search(r"([\d.]+) nats a token \(next token\)", soup.text)[1]
+    assert float(loss) == pytest.approx(model(input_ids=windows, labels=windows).loss.item(), abs=0.001)
+
+
+def test_as_many_tokens_are_masked_in_every_window_and_only_they_are_asked_for(saved):
+    model, tokenizer, ask = any_model.load(str(saved / "bert"))
+    assert ask is any_model.masked_tokens
+    windows = any_model.Windows(TEXT, tokenizer, 22, 7)
+    seen = []
+    model.register_forward_pre_hook(lambda model, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    logits, targets = ask(model, windows, windows.rows, torch.Generator().manual_seed(0))
+    whole = windows.marked(windows.rows)
+    hidden = targets != -100
+    assert logits.shape == (*whole.shape, V) and whole.shape == (7, 22)
+    assert (hidden.sum(1) == 3).all()  # 15 % of 20
+    assert torch.equal(seen[0], whole.masked_fill(hidden, tokenizer.mask_token_id))
+    assert torch.equal(targets[hidden], whole[hidden])
+    assert not hidden[:, [0, -1]].any() and (whole[:, 0] == 1).all() and (whole[:, -1] == 2).all()
+    assert len({tuple(row.tolist()) for row in hidden}) > 1
+
+
+def test_a_continuation_is_asked_of_the_text_before_it(saved):
+    model, tokenizer, ask = any_model.load(str(saved / "t5"))
+    assert ask is any_model.continuation
+    windows = any_model.Windows(TEXT, tokenizer, 22, 3)
+    seen = []
+    model.register_forward_pre_hook(lambda model, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    logits, targets = ask(model, windows, windows.rows, torch.Generator())
+    assert torch.equal(seen[0], windows.marked(windows.rows[:, :10]))
+    assert torch.equal(targets, windows.marked(windows.rows[:, 10:])) and logits.shape == (3, 12, V)
+
+
+@pytest.mark.parametrize(("name", "length"), [("gpt2", 64), ("t5", 100)])
+def test_windows_are_no_longer_than_the_model_can_read(name, length, saved, command, tmp_path):
+    assert command(saved / name, saved / "text.txt", tmp_path / "out.html", "--length", 100)[0] == 0
+    assert f"of {length - 2} tokens" in page_of(tmp_path / "out.html")[0].text
+
+
+def changed(config=None, weights=None, without=(), text=None, **files):
+    """Spoils a copy of a saved model."""
+
+    def spoil(folder, text_file):
+        for name in without:
+            (folder / name).unlink()
+        for name, content in files.items():
+            (folder / name.replace("__", ".")).write_text(content)
+        if config:
+            path = folder / "config.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | config))
+        if weights:
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+            weights(model)
+            model.save_pretrained(folder)
+        if text is not None:
+            text_file.write_bytes(text)
+
+    return spoil
+
+
+def spoil_one_weight(model):
+    model.lm_head.weight.data[0, 0] = torch.nan
+
+
+def replace_by_mamba(folder, text_file):
+    config = transformers.AutoConfig.for_model("mamba", vocab_size=V, hidden_size=16, num_hidden_layers=1, state_size=4)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
+class RunsCode:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('code was run')",)
+
+
+def pickle_the_weights(folder, text_file):
+    (folder / "model.safetensors").unlink()
+    torch.save({"weights": RunsCode()}, folder / "pytorch_model.bin")
+
+
+CODE = {"auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}, "model_type": "own"}
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+WRONG = {
+    "no tokenizer": (changed(without=TOKENIZER), "no tokenizer"),
+    "pickled code": (pickle_the_weights, "weights_only"),
+    "another tokenizer": (changed(weights=lambda model: model.resize_token_embeddings(100)), "it is another one's"),
+    "no weights": (changed(without=["model.safetensors"]), "model.safetensors"),
+    "weights missing": (changed(config={"n_layer": 3}), "lacks weights of GPT2LMHeadModel (transformer.h.2"),
+    "no language model": (changed(config={"architectures": ["GPT2Model"]}), "expected a causal, masked or seq2seq"),
+    "no architecture": (changed(config={"architectures": None}), "expected a causal, masked or seq2seq"),
+    "code of its own": (changed(config=CODE, own__py="raise SystemExit('code was run')"), "custom code"),
+    "weights that are not finite": (changed(weights=spoil_one_weight), "is nan: nothing to split"),
+    "no attention": (replace_by_mamba, "no attention was seen"),
+    "short text": (changed(text=b"one hand"), "make no two windows of"),
+    "empty text": (changed(text=b""), "0 tokens of text make no two windows"),
+    "no text": (changed(text=b"\xff\xfe\x00"), "is no UTF-8 text"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_is_wrong_is_said_and_the_old_file_stays(what, saved, command, tmp_path):
+    spoil, expected = WRONG[what]
+    folder, text, out = tmp_path / "model", tmp_path / "text.txt", tmp_path / "out.html"
+    shutil.copytree(saved / "gpt2", folder)
+    shutil.copy(saved / "text.txt", text)
+    spoil(folder, text)
+    out.write_text("old")
+    status, said = command(folder, text, out)
+    assert status == 2 and "any_model.py: " in said and expected in said
+    assert out.read_text() == "old" and len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_path_that_is_none_is_said(command, saved, tmp_path):
+    for path in (tmp_path / "nothing", "./nothing", "a/b/c"):
+        status, said = command(path, saved / "text.txt", tmp_path / "out.html")
+        assert status == 2 and f"there is no folder {path}" in said
+    status, said = command(saved / "gpt2", tmp_path / "nothing.txt", tmp_path / "out.html")
+    assert status == 2 and "nothing.txt" in said
+    status, said = command(saved / "gpt2", saved / "text.txt", tmp_path / "out.html", "--sequences", 1)
+    assert status == 2 and "1 windows make no interval" in said
