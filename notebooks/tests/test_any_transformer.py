@@ -355,7 +355,11 @@ def encoder():
     assert_as_it_was(model)
 
 
-X = torch.randn(B, T, 16, generator=torch.Generator().manual_seed(0))
+X, TARGET = torch.randn(2, B, T, 16, generator=torch.Generator().manual_seed(0))
+
+
+def loss_of(out):
+    return F.mse_loss(out, TARGET)
 
 
 def test_a_model_without_attention_is_refused():
@@ -371,13 +375,13 @@ def test_without_a_backward_pass_or_with_one_that_comes_too_late_there_is_no_gra
     for _ in range(2):
         with pytest.raises(RuntimeError, match=r"'layers.0.self_attn': call loss.backward\(\) inside the 'with' block"):
             energy_table(layers)
-        out.square().sum().backward(retain_graph=True)
+        loss_of(out).backward(retain_graph=True)
 
 
 def test_a_loss_that_only_some_layers_take_part_in_names_the_first_that_does_not(encoder):
     with capture_attention(encoder) as layers:
         encoder(X)
-        encoder.layers[0](X).square().sum().backward()
+        loss_of(encoder.layers[0](X)).backward()
     with pytest.raises(RuntimeError, match=r"'layers.1.self_attn': .* a loss that depends on this layer"):
         energy_table(layers)
 
@@ -399,7 +403,7 @@ def test_a_compiled_model_is_refused(name, encoder):
 @pytest.mark.parametrize("watch", [capture_attention, lambda model: softmax_rule(model, "zero")])
 def test_weights_that_change_between_forward_and_backward_are_autograds_error(watch, encoder):
     with pytest.raises(RuntimeError, match="modified by an inplace operation"), watch(encoder):
-        loss = encoder(X).square().sum()
+        loss = loss_of(encoder(X))
         with torch.no_grad():
             encoder.layers[1].self_attn.in_proj_weight.mul_(1.1)
         loss.backward()
@@ -408,11 +412,11 @@ def test_weights_that_change_between_forward_and_backward_are_autograds_error(wa
 def test_weights_that_change_between_two_passes_are_each_passs_own(encoder):
     with capture_attention(encoder) as both:
         for _ in range(2):
-            encoder(X).square().sum().backward()
+            loss_of(encoder(X)).backward()
             with torch.no_grad():
                 encoder.layers[0].self_attn.in_proj_weight.mul_(1.1)
     with capture_attention(encoder) as third:
-        encoder(X).square().sum().backward()
+        loss_of(encoder(X)).backward()
     first, second = both[0].sums.products.split(B)
     assert len({tuple(sums.flatten().tolist()) for sums in (first, second, third[0].sums.products)}) == 3
 
@@ -420,7 +424,7 @@ def test_weights_that_change_between_two_passes_are_each_passs_own(encoder):
 def test_one_capture_is_entered_once(encoder):
     capture = capture_attention(encoder)
     with pytest.raises(AttributeError), capture:  # Python's, of all its context managers
-        encoder(X).square().sum().backward()
+        loss_of(encoder(X)).backward()
         capture.__enter__()
     with pytest.raises(AttributeError):
         capture.__enter__()
