@@ -130,15 +130,12 @@ class Case(NamedTuple):
     fuse: Callable[[], None] = lambda: None
 
 
-def of_pytorch(build: Callable[[], nn.Module]) -> Case:
-    model, (x, y) = build(), torch.randn(2, B, T, C)  # the square alone would be a constant after a LayerNorm
-    inputs = (x, x, x) if isinstance(model, nn.MultiheadAttention) else (x,)
-
-    def loss() -> Tensor:
-        out = model(*inputs)
-        return F.mse_loss(out[0] if isinstance(out, tuple) else out, y)
-
-    return Case(model, loss)
+def of_pytorch(model: nn.Module) -> Case:
+    x, y = torch.randn(2, B, T, C)
+    forward = model
+    if isinstance(model, nn.MultiheadAttention):
+        forward = lambda x: model(x, x, x, need_weights=False)[0]  # noqa: E731
+    return Case(model, lambda: F.mse_loss(forward(x), y))  # the square alone would be a constant after a LayerNorm
 
 
 def of_transformers(auto: str, kind: str, implementation: str, **sizes: int) -> Case:
@@ -150,12 +147,14 @@ def of_transformers(auto: str, kind: str, implementation: str, **sizes: int) -> 
     return Case(model, lambda: model(input_ids=ids, labels=ids).loss, lambda: model.set_attn_implementation("sdpa"))
 
 
+def encoder() -> nn.Module:
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(C, H, 4 * C, dropout=0.0, batch_first=True), L)
+
+
 CASES = {
-    "nn.MultiheadAttention": lambda: of_pytorch(lambda: nn.MultiheadAttention(C, H, batch_first=True)),
-    "nn.TransformerEncoder": lambda: of_pytorch(
-        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(C, H, 4 * C, 0.0, batch_first=True), L)
-    ),
-    "nanoGPT's block, sdpa": lambda: of_pytorch(lambda: nn.Sequential(*(PlainBlock(C, H) for _ in range(L)))),
+    "nn.MultiheadAttention": lambda: of_pytorch(nn.MultiheadAttention(C, H, batch_first=True)),
+    "nn.TransformerEncoder": lambda: of_pytorch(encoder()),
+    "nanoGPT's block, sdpa": lambda: of_pytorch(nn.Sequential(*(PlainBlock(C, H) for _ in range(L)))),
 }
 if importlib.util.find_spec("transformers"):
     gpt2 = {"n_embd": C, "n_head": H, "n_layer": L, "n_positions": T}
