@@ -114,7 +114,7 @@ def interleave(variants: dict[str, Callable], seconds: float, desc: str) -> dict
 
 # --- the capture of other models -------------------------------------------------------------------------------------
 
-B, T, C, H, L, V = 4, 512, 128, 4, 2, 256
+B, T, C, H, L, V = 4, 512, 128, 4, 4, 256
 WAYS = {  # what is around a forward and backward pass
     "without": lambda model: nullcontext(),
     "streaming": helpers.capture_attention,
@@ -141,6 +141,7 @@ def of_pytorch(model: nn.Module) -> Case:
 def of_transformers(auto: str, kind: str, implementation: str, **sizes: int) -> Case:
     import transformers  # an extra
 
+    transformers.logging.set_verbosity_error()
     config = transformers.AutoConfig.for_model(kind, vocab_size=V, bos_token_id=0, eos_token_id=0, **sizes)
     model = getattr(transformers, auto).from_config(config, attn_implementation=implementation).eval()
     ids = torch.randint(V, (B, T))
