@@ -127,7 +127,7 @@ def load(name: str) -> tuple[transformers.PreTrainedModel, transformers.PreTrain
     model, info = auto_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **options)
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise ValueError(f"{name} lacks weights of {type(model).__name__} ({missing}): it would be random in part")
+        raise ValueError(f"{name} lacks weights of {type(model).__name__} ({missing}): it would be partly random")
     if n_tokens > model.get_input_embeddings().num_embeddings:
         raise ValueError(f"{name} has a tokenizer of {n_tokens} tokens, more than its model knows: it is another one's")
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer, made_for[0]
@@ -168,10 +168,9 @@ def heatmap(table: pd.DataFrame, quantity: str) -> str:
 
 def described(table: pd.DataFrame, quantity: str) -> str:
     """The alternative text of a heatmap: its size, its ends and where they are."""
-    known = table.dropna(subset=quantity)
-    ends = [known.loc[known[quantity].agg(end)] for end in ("idxmin", "idxmax")]
+    ends = [table.loc[table[quantity].agg(end)] for end in ("idxmin", "idxmax")]
     low, high = (f"{end[quantity]:.2f} (layer {end['layer']}, head {end['head']})" for end in ends)
-    middle = f"half of the heads are below {known[quantity].median():.2f}"
+    middle = f"half of the heads are below {table[quantity].median():.2f}"
     return f"{quantity} of {len(table)} heads in {table['layer'].nunique()} layers: from {low} to {high}; {middle}"
 
 
@@ -179,17 +178,14 @@ def readable(table: pd.DataFrame) -> str:
     """One row a head, with its intervals, as an HTML table."""
     columns = {"layer": table["layer"], "name": table["name"], "head": table["head"]}
     for quantity in (*QUANTITIES, "cos_ste", "entropy", "attn_max"):
-        ends = table[quantity], table[f"{quantity}_lo"], table[f"{quantity}_hi"]
-        columns[quantity] = [f"{v:.2f} [{lo:.2f}, {hi:.2f}]" for v, lo, hi in zip(*ends, strict=True)]
-    shown = (
-        pd.DataFrame(columns).mask(~table["defined"], "not defined", axis=0).assign(**dict(list(columns.items())[:3]))
-    )
-    return shown.to_html(index=False, border=0)
+        ends = zip(table[quantity], table[f"{quantity}_lo"], table[f"{quantity}_hi"], strict=True)
+        columns[quantity] = [f"{v:.2f} [{lo:.2f}, {hi:.2f}]" if v == v else "not defined" for v, lo, hi in ends]
+    return pd.DataFrame(columns).to_html(index=False, border=0)
 
 
 def page(name: str, table: pd.DataFrame, facts: dict[str, object]) -> str:
     """The HTML file's text."""
-    known = table[table["defined"]]
+    known = table.dropna(subset=list(QUANTITIES))
     if known.empty:
         raise ValueError("in no head is the gradient large enough to be told from rounding: nothing to show")
     set_style()

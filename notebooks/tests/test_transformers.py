@@ -375,6 +375,24 @@ def test_what_it_writes_is_what_the_model_says_of_its_own_attentions(saved, comm
     assert float(loss) == pytest.approx(model(input_ids=windows, labels=windows).loss.item(), abs=0.001)
 
 
+def test_a_head_that_rounding_may_decide_is_said_and_left_out_of_the_means(saved):
+    model, tokenizer, ask = any_model.load(str(saved / "gpt2"))
+    table, _ = any_model.split(model, ask, any_model.Windows(TEXT, tokenizer, 16, 4))
+    hidden = table.columns.str.contains("r_|cos_")
+    table.loc[3, table.columns[hidden]] = float("nan")
+    soup = BeautifulSoup(any_model.page("a/b", table, {}), "html.parser")
+    said = soup.find("p").text
+    assert f"Mean over {2 * H - 1} heads" in said and "In 1 further heads rounding may decide" in said
+    assert f"{table['r_cross'].mean():.2f}" in said
+    cells = [cell.text for cell in soup.select(".wide tbody tr")[3].find_all("td")]
+    assert cells[3:8] == ["not defined"] * 5 and cells[:3] == ["0", "transformer.h.0.attn", "3"]
+    assert cells[8].startswith(f"{table['entropy'][3]:.2f} [")
+    assert soup.find("a", download=True)["download"] == "a-b.csv"
+    table[table.columns[hidden]] = float("nan")
+    with pytest.raises(ValueError, match="in no head is the gradient large enough"):
+        any_model.page("a/b", table, {})
+
+
 def test_as_many_tokens_are_masked_in_every_window_and_only_they_are_asked_for(saved):
     model, tokenizer, ask = any_model.load(str(saved / "bert"))
     assert ask is any_model.masked_tokens
