@@ -12,7 +12,7 @@ EXECUTED := $(NOTEBOOKS:notebooks/%=$(SITE)/%)
 PAGES := $(wildcard notebooks/*.md)
 SPHINX := $(PY) -m sphinx -q -W --keep-going -E -c notebooks
 
-.PHONY: help report pages test test-report mutants lab sweep bench notebooks setup installed lint clean FORCE
+.PHONY: help report pages test test-all test-report mutants lab sweep bench notebooks setup installed lint clean FORCE
 .DELETE_ON_ERROR:
 # In their order: a notebook may load what an earlier one has trained.
 .NOTPARALLEL:
@@ -29,6 +29,9 @@ pages: report/index.html
 	@echo "The report: $(CURDIR)/report/index.html"
 
 test: .venv/.ready $(TEXT_READY)  ## set up, then run every notebook and every example as a test
+	$(PY) -m pytest
+
+test-all: .venv/.transformers $(TEXT_READY)  ## the same, with models of the transformers library, which it installs
 	$(PY) -m pytest
 
 test-report: report  ## test the report in a browser: pages, links, formulas, accessibility
@@ -70,6 +73,11 @@ installed:
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --disable-pip-version-check -r requirements.txt
 	$(PY) -m pip install --disable-pip-version-check --no-deps -e .
+
+.venv/.transformers: .venv/.ready
+	@$(PYTHON) notebooks/alone.py .venv/.lock $(PY) -m pip install --disable-pip-version-check -c requirements.txt \
+	    -e '.[transformers]'
+	@touch $@
 
 # make report TEXT=my.txt, and likewise test and lab: on a text of one's own. The quotes are for paths with spaces.
 ifeq ($(origin TEXT), command line)

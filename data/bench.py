@@ -3,13 +3,24 @@
 Everything is timed in turn, round after round, each round there and back in a new order: a machine that slows down
 slows all of it. A ratio is the median over rounds of the ratio of two times in one round, and half of the rounds lie
 between its quartiles. Nothing fails here: what is over its bound is marked; wide quartiles mean a busy machine.
+
+The second table is about the capture of other models, of PyTorch and, where it is installed, of the transformers
+library, at a length where attention maps are most of what is in memory. Peaks are those of a process of its own each.
 """
 
 import argparse
+import functools
+import importlib.util
+import multiprocessing
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
 from statistics import median, quantiles
+from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -83,12 +94,12 @@ def training_step(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], None]:
     return step
 
 
-def interleave(variants: dict[str, Callable], seconds: float) -> dict[str, list[float]]:
+def interleave(variants: dict[str, Callable], seconds: float, desc: str) -> dict[str, list[float]]:
     """Milliseconds of each variant in each round, the mean of its two turns."""
     times = {name: [] for name in variants}
     start = now = time.perf_counter()
-    with tqdm(total=seconds, desc="bench", bar_format="{desc} {percentage:3.0f}% {bar} {elapsed}", leave=False) as bar:
-        while now < start + seconds or len(times["bp"]) < 3:
+    with tqdm(total=seconds, desc=desc, bar_format="{desc} {percentage:3.0f}% {bar} {elapsed}", leave=False) as bar:
+        while now < start + seconds or len(min(times.values())) < 4:
             order = random.sample(sorted(variants), len(variants))
             taken = dict.fromkeys(variants, 0.0)
             for name in (*order, *reversed(order)):
@@ -99,6 +110,134 @@ def interleave(variants: dict[str, Callable], seconds: float) -> dict[str, list[
                 times[name].append(taken[name])
             bar.update(min(seconds, now - start) - bar.n)
     return {name: series[1:] for name, series in times.items()}  # the first round warmed up
+
+
+# --- the capture of other models -------------------------------------------------------------------------------------
+
+B, T, C, H, L, V = 4, 512, 128, 4, 4, 256
+WAYS = {  # what is around a forward and backward pass
+    "without": lambda model: nullcontext(),
+    "streaming": helpers.capture_attention,
+    "maps": functools.partial(helpers.capture_attention, maps=True),
+}
+
+
+class Case(NamedTuple):
+    """A model and its loss on a batch; ``fuse()`` has it use PyTorch's fused attention from then on."""
+
+    model: nn.Module
+    loss: Callable[[], Tensor]
+    fuse: Callable[[], None] = lambda: None
+
+
+def of_pytorch(model: nn.Module) -> Case:
+    x, y = torch.randn(2, B, T, C)
+    forward = model
+    if isinstance(model, nn.MultiheadAttention):
+        forward = lambda x: model(x, x, x, need_weights=False)[0]  # noqa: E731
+    return Case(model, lambda: F.mse_loss(forward(x), y))  # the square alone would be a constant after a LayerNorm
+
+
+def of_transformers(auto: str, kind: str, implementation: str, **sizes: int) -> Case:
+    import transformers  # an extra
+
+    transformers.logging.set_verbosity_error()
+    config = transformers.AutoConfig.for_model(kind, vocab_size=V, bos_token_id=0, eos_token_id=0, **sizes)
+    model = getattr(transformers, auto).from_config(config, attn_implementation=implementation).eval()
+    ids = torch.randint(V, (B, T))
+    return Case(model, lambda: model(input_ids=ids, labels=ids).loss, lambda: model.set_attn_implementation("sdpa"))
+
+
+def encoder() -> nn.Module:
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(C, H, 4 * C, dropout=0.0, batch_first=True), L)
+
+
+CASES = {
+    "nn.MultiheadAttention": lambda: of_pytorch(nn.MultiheadAttention(C, H, batch_first=True)),
+    "nn.TransformerEncoder": lambda: of_pytorch(encoder()),
+    "nanoGPT's block, sdpa": lambda: of_pytorch(nn.Sequential(*(PlainBlock(C, H) for _ in range(L)))),
+}
+if importlib.util.find_spec("transformers"):
+    gpt2 = {"n_embd": C, "n_head": H, "n_layer": L, "n_positions": T}
+    llama = {"hidden_size": C, "num_attention_heads": H, "num_key_value_heads": H // 2, "num_hidden_layers": L}
+    llama |= {"intermediate_size": 4 * C}
+    t5 = {"d_model": C, "d_kv": C // H, "d_ff": 4 * C, "num_heads": H, "num_layers": L, "decoder_start_token_id": 0}
+    t5 |= {"pad_token_id": 0}
+    for implementation in ("eager", "sdpa"):
+        CASES |= {
+            f"{name}, {implementation}": functools.partial(of_transformers, auto, kind, implementation, **sizes)
+            for name, auto, kind, sizes in (
+                ("GPT-2", "AutoModelForCausalLM", "gpt2", gpt2),
+                ("Llama, grouped queries", "AutoModelForCausalLM", "llama", llama),
+                ("T5, encoder and decoder", "AutoModelForSeq2SeqLM", "t5", t5),
+            )
+        }
+
+
+def one_pass(case: Case, way: str) -> list[helpers.CapturedAttention] | None:
+    case.model.zero_grad()
+    with WAYS[way](case.model) as layers:
+        case.loss().backward()
+    return layers
+
+
+def from_outputs(case: Case) -> list[Tensor]:
+    """What should arrive at the weights of each attention, by another way: ``dO V^T`` at PyTorch's fused attention."""
+    case.fuse()
+    fused, seen = F.scaled_dot_product_attention, []
+
+    def seeing(query: Tensor, key: Tensor, value: Tensor, *args, **kwargs) -> Tensor:
+        out = fused(query, key, value, *args, **kwargs)
+        out.retain_grad()
+        seen.append((out, value))
+        return out
+
+    with mock.patch.object(F, "scaled_dot_product_attention", seeing):
+        one_pass(case, "without")
+    return [out.grad @ value.repeat_interleave(out.shape[1] // value.shape[1], 1).mT for out, value in seen]
+
+
+def deviation(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
+    """The largest, as a share of the largest value in its layer."""
+    pairs = zip(found, expected, strict=True)
+    return max(((one - other).abs().amax() / other.abs().amax()).item() for one, other in pairs)
+
+
+def peak(name: str, way: str) -> float:
+    """MiB that a pass needs beyond what there was before it. Linux only, in a process that did nothing before."""
+
+    def most() -> int:
+        # getrusage's maximum would be that of the calling process, where it has used more
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(status["VmHWM"].removesuffix("kB"))
+
+    case = CASES[name]()
+    before = most()
+    one_pass(case, way)
+    return (most() - before) / 1024
+
+
+def capture_table(seconds: float) -> None:
+    print(f"\nCapture in a forward and backward pass: {L} layers, {H} heads, {C} channels, batch ({B}, {T}).")
+    print("deviation: of the captured gradient from dO V^T, over the largest; time: over a pass without, quartiles\n")
+    row = "{:31} {:>5} {:>9} {:>19} {:>19} {:>8} {:>9} {:>7}"
+    print(row.format("model", "heads", "deviation", "time, streaming", "time, maps=True", "MiB", "streaming", "maps"))
+    servers = multiprocessing.get_context("forkserver")  # has imported what is needed, and run nothing yet
+    with ProcessPoolExecutor(1, mp_context=servers, max_tasks_per_child=1) as pool:
+        for name, build in CASES.items():
+            peaks = [pool.submit(peak, name, way).result() for way in WAYS]
+            torch.manual_seed(0)
+            case = build()
+            times = interleave({way: functools.partial(one_pass, case, way) for way in WAYS}, seconds, name)
+            ratios = []
+            for way in ("streaming", "maps"):
+                pairs = zip(times[way], times["without"], strict=True)
+                low, ratio, high = quantiles((a / b for a, b in pairs), n=4)
+                ratios.append(f"{ratio:.2f} ({low:.2f}-{high:.2f})")
+            layers = one_pass(case, "maps")
+            off = deviation([layer.grad for layer in layers], from_outputs(case))
+            heads = sum(layer.attn.shape[1] for layer in layers)
+            print(row.format(name, heads, f"{off:.1e}", *ratios, *(f"{mib:.0f}" for mib in peaks)))
 
 
 def main() -> None:
@@ -122,7 +261,7 @@ def main() -> None:
     variants = {"plain": PlainGPT(config), "bp": bp, "fa": fa}
     variants = {name: training_step(model, x, y) for name, model in variants.items()}
     variants |= {"uncaptured": uncaptured, "captured": captured, "energy": lambda: helpers.energy_table(layers)}
-    times = interleave(variants, seconds)
+    times = interleave(variants, seconds, "bench")
     with Shapes() as shapes:
         n_heads = len(helpers.energy_table(layers))
 
@@ -143,6 +282,7 @@ def main() -> None:
     print(row.format(what, "", "", "50 ms", f"{energy:.1f}", "", "OVER" * (energy > 50)))
     n_cubes = sum(shape.count(config.block_size) > 2 for shape in shapes)
     print(f"\nhead_energy's largest tensor is {tuple(max(shapes, key=torch.Size.numel))}; T x T x T tensors: {n_cubes}")
+    capture_table(seconds / 10)
 
 
 if __name__ == "__main__":

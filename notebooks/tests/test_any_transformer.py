@@ -1,6 +1,8 @@
 """The capture and the rules on PyTorch's own attention, each against an independent way."""
 
 import math
+import runpy
+import sys
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from helpers import capture_attention, energy_table, head_energy, softmax_rule, split_softmax_gradient
+from helpers import DATA, capture_attention, energy_table, head_energy, softmax_rule, split_softmax_gradient
 from model_local import SOFTMAX_BACKWARD, LocalGPT, LocalGPTConfig, attention_weights
 
 B, H, T, D = 2, 4, 6, 8
@@ -325,6 +327,13 @@ def test_what_is_no_rule_for_any_model_is_refused(name):
 # --- afterwards ------------------------------------------------------------------------------------------------------
 
 
+def assert_as_it_was(model):
+    assert all(getattr(F, name) is known for name, known in ORIGINALS.items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
+    assert not torch.overrides.has_torch_function_unary(torch.ones(1))
+    assert not torch._C._len_torch_function_stack()
+
+
 def test_afterwards_everything_is_as_it_was_also_after_an_exception():
     class Breaks(nn.Module):
         def __init__(self):
@@ -340,9 +349,7 @@ def test_afterwards_everything_is_as_it_was_also_after_an_exception():
         with pytest.raises(KeyError, match="inside"), capture_attention(model) as layers, softmax_rule(model, "zero"):
             model(random(B, T, 16))
         assert len(layers) == 1
-        assert all(getattr(F, name) is known for name, known in ORIGINALS.items())
-        assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
-        assert not torch.overrides.has_torch_function_unary(torch.ones(1))
+        assert_as_it_was(model)
 
 
 def test_maps_that_were_not_kept_are_asked_for():
@@ -351,3 +358,109 @@ def test_maps_that_were_not_kept_are_asked_for():
         gradients(model, random(B, T, 16))
     with pytest.raises(RuntimeError, match="maps=True"):
         _ = layers[0].attn
+
+
+# --- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def encoder():
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, H, 32, 0.0, batch_first=True), 2)
+    yield model
+    assert_as_it_was(model)
+
+
+X, TARGET = torch.randn(2, B, T, 16, generator=torch.Generator().manual_seed(0))
+
+
+def loss_of(out):
+    return F.mse_loss(out, TARGET)
+
+
+def test_a_model_without_attention_is_refused():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Softmax(-1))  # over channels
+    with pytest.raises(RuntimeError, match="no attention was seen"), capture_attention(model):
+        model(X).sum().backward()
+    assert_as_it_was(model)
+
+
+def test_without_a_backward_pass_or_with_one_that_comes_too_late_there_is_no_gradient(encoder):
+    with capture_attention(encoder) as layers:
+        out = encoder(X)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"'layers.0.self_attn': call loss.backward\(\) inside the 'with' block"):
+            energy_table(layers)
+        loss_of(out).backward(retain_graph=True)
+
+
+def test_a_loss_that_only_some_layers_take_part_in_names_the_first_that_does_not(encoder):
+    with capture_attention(encoder) as layers:
+        encoder(X)
+        loss_of(encoder.layers[0](X)).backward()
+    with pytest.raises(RuntimeError, match=r"'layers.1.self_attn': .* a loss that depends on this layer"):
+        energy_table(layers)
+
+
+@pytest.mark.parametrize("name", ["encoder", "only a part", "by torch.compile"])
+def test_a_compiled_model_is_refused(name, encoder):
+    model = encoder
+    if name == "encoder":
+        model.compile()
+    elif name == "only a part":
+        model.layers[1].self_attn.compile()
+    else:
+        model = torch.compile(encoder)
+    for watch in (capture_attention(model), softmax_rule(model, "zero")):
+        with pytest.raises(ValueError, match=r"is compiled, .*: use the model as it was before torch.compile"), watch:
+            pass
+
+
+@pytest.mark.parametrize("watch", [capture_attention, lambda model: softmax_rule(model, "zero")])
+def test_weights_that_change_between_forward_and_backward_are_autograds_error(watch, encoder):
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"), watch(encoder):
+        loss = loss_of(encoder(X))
+        with torch.no_grad():
+            encoder.layers[1].self_attn.in_proj_weight.mul_(1.1)
+        loss.backward()
+
+
+def test_weights_that_change_between_two_passes_are_each_passs_own(encoder):
+    with capture_attention(encoder) as both:
+        for _ in range(2):
+            loss_of(encoder(X)).backward()
+            with torch.no_grad():
+                encoder.layers[0].self_attn.in_proj_weight.mul_(1.1)
+    with capture_attention(encoder) as third:
+        loss_of(encoder(X)).backward()
+    first, second = both[0].sums.products.split(B)
+    assert len({tuple(sums.flatten().tolist()) for sums in (first, second, third[0].sums.products)}) == 3
+
+
+def test_one_capture_is_entered_once(encoder):
+    capture = capture_attention(encoder)
+    with pytest.raises(AttributeError), capture:  # Python's, of all its context managers
+        loss_of(encoder(X)).backward()
+        capture.__enter__()
+    with pytest.raises(AttributeError):
+        capture.__enter__()
+
+
+def test_a_failing_backward_pass_leaves_nothing_behind(encoder):
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise KeyError("backward")
+
+    with pytest.raises(KeyError, match="backward"), capture_attention(encoder), softmax_rule(encoder, "zero"):
+        encoder(Fails.apply(encoder(X))).sum().backward()
+
+
+def test_the_command_says_how_to_install_what_it_needs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)  # as if it were not there
+    with pytest.raises(SystemExit, match=r"python -m pip install -e .\[transformers\]"):
+        runpy.run_path(str(DATA / "any_model.py"), run_name="__main__")
