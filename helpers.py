@@ -31,7 +31,7 @@ import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from decimal import Decimal
 from numbers import Integral, Real
@@ -807,6 +807,33 @@ def _load_checkpoint(path: Path, settings: dict) -> dict | None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class _OneBlock(AbstractContextManager):
+    """A context manager for one ``with`` block: entered again, it says so (those of contextlib lack an attribute)."""
+
+    def __init__(self, name: str, manager: AbstractContextManager) -> None:
+        self.name, self.manager, self.entered = name, manager, False
+
+    def __enter__(self):
+        if self.entered:
+            raise RuntimeError(f"entered a second time: call {self.name} anew for each 'with' block")
+        self.entered = True
+        return self.manager.__enter__()
+
+    def __exit__(self, *exception) -> bool | None:
+        return self.manager.__exit__(*exception)
+
+
+def _for_one_block(generator: Callable[..., Iterator]) -> Callable[..., _OneBlock]:
+    """``contextlib.contextmanager``, but of a ``_OneBlock``."""
+    manager = contextmanager(generator)
+
+    @functools.wraps(generator)
+    def begin(*args, **kwargs) -> _OneBlock:
+        return _OneBlock(generator.__name__, manager(*args, **kwargs))
+
+    return begin
+
+
 class CapturedAttention:
     """One attention of a model, a softmax over keys, in the forward and backward passes that a capture has seen.
 
@@ -1013,21 +1040,27 @@ def _attention_step_by_step(
     enable_gqa: bool = False,
 ) -> Tensor:
     """What ``F.scaled_dot_product_attention`` computes, by way of scores and weights that can be seen."""
+    device = query.device.type
+    if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+    # a fused kernel rounds its results alone to half precision
+    q, k, v = (x.float() if torch.finfo(x.dtype).bits < 32 else x for x in (query, key, value))
     if enable_gqa:
-        groups = query.shape[-3] // key.shape[-3]
-        key, value = (x.repeat_interleave(groups, dim=-3) for x in (key, value))
-    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
-    visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
-    if is_causal:
-        visible = visible.tril()
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        visible = visible & attn_mask
-    elif attn_mask is not None:
-        scores, visible = scores + attn_mask, visible & (attn_mask > MASKED)
-    scores = scores.masked_fill(~visible, -math.inf)
-    parted = scores.view(*(1,) * (4 - scores.dim()), *scores.shape)
-    attn = attention_weights(parted, visible, _softmax_or_nothing).view_as(scores)
-    return F.dropout(attn, dropout_p).to(value.dtype) @ value
+        groups = q.shape[-3] // k.shape[-3]
+        k, v = (x.repeat_interleave(groups, dim=-3) for x in (k, v))
+    with torch.autocast(device, enabled=False):
+        scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+        visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
+        if is_causal:
+            visible = visible.tril()
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            visible = visible & attn_mask
+        elif attn_mask is not None:
+            scores, visible = scores + attn_mask, visible & (attn_mask > MASKED)
+        scores = scores.masked_fill(~visible, -math.inf)
+        parted = scores.view(*(1,) * (4 - scores.dim()), *scores.shape)
+        attn = attention_weights(parted, visible, _softmax_or_nothing).view_as(scores)
+        return (F.dropout(attn, dropout_p) @ v).to(value.dtype)
 
 
 def _softmax_or_nothing(scores: Tensor) -> Tensor:
@@ -1066,7 +1099,7 @@ class _Capture(_Softmaxes):
         return layer.watch(scores, attn, visible)
 
 
-@contextmanager
+@_for_one_block
 def capture_attention(model: nn.Module, maps: bool = False, only: str = "") -> Iterator[list[CapturedAttention]]:
     """Record every attention of ``model``, an ordinary PyTorch transformer; yields a list that fills as it is used.
 
@@ -1122,7 +1155,7 @@ class _Rule(_Softmaxes):
         return sent if sent is None else sent.masked_fill(~visible.any(-1, keepdim=True), 0.0)
 
 
-@contextmanager
+@_for_one_block
 def softmax_rule(model: nn.Module, name: str, only: str = "") -> Iterator[None]:
     """Inside the block the softmax of every attention of ``model`` sends its error back by a ``SOFTMAX_BACKWARD``.
 

@@ -207,6 +207,29 @@ def test_half_precision_under_autocast_is_taken_as_it_comes():
     assert energy_table(layers, n_boot=1)["entropy"].between(0, 1).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_weights_and_gradients_are_no_coarser_than_a_fused_kernels(dtype, autocast):
+    q, k, v, weigh = torch.randn(4, B, H, T, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(
+        dtype
+    )
+    q.requires_grad_()
+    model = nn.Module()
+    model.forward = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    with capture_attention(model, maps=True) as layers:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = model()
+        (out * weigh).sum().backward()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = model()
+    assert out.dtype == expected.dtype
+    q, k, v, weigh = (x.to(out.dtype).double() for x in (q, k, v, weigh))
+    attn = (q @ k.mT / math.sqrt(D)).masked_fill(~LOWER, -math.inf).softmax(-1)
+    torch.testing.assert_close(layers[0].attn.double(), attn, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(layers[0].grad.double(), weigh @ v.mT, atol=1e-6, rtol=1e-6)
+    assert (out - attn @ v).abs().max() <= (expected - attn @ v).abs().max() + 1e-6
+
+
 def test_dropout_comes_after_the_weights():
     model, x = Attention(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.5)), random(B, T, 16)
     with capture_attention(model, maps=True) as layers:
@@ -275,6 +298,21 @@ def test_a_rule_sends_back_what_it_says(way, rule):
     with softmax_rule(model, rule):
         found = gradients(model, x)
     for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("rule", ["full", "diagonal", "zero", "mean", "balanced_evenly"])
+def test_a_query_in_padding_sends_nothing_back_however_the_padding_is_written(rule):
+    def least(q, k, v):  # padding as many models write it: such a query attends to all keys alike
+        bias = torch.where(PADDED, 0.0, torch.finfo(torch.float32).min)
+        return (q @ k.mT / math.sqrt(D) + bias).softmax(-1) @ v
+
+    found = []
+    for attend in (least, WAYS["sdpa padded"][0]):
+        model = Attention(attend)
+        with softmax_rule(model, rule):
+            found.append(gradients(model, random(B, T, 16))[:4])  # of queries and keys
+    for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
 
 
@@ -437,13 +475,15 @@ def test_weights_that_change_between_two_passes_are_each_passs_own(encoder):
     assert len({tuple(sums.flatten().tolist()) for sums in (first, second, third[0].sums.products)}) == 3
 
 
-def test_one_capture_is_entered_once(encoder):
-    capture = capture_attention(encoder)
-    with pytest.raises(AttributeError), capture:  # Python's, of all its context managers
+@pytest.mark.parametrize("watch", [capture_attention, lambda model: softmax_rule(model, "zero")])
+def test_a_capture_is_for_one_block(watch, encoder):
+    block = watch(encoder)
+    with block:
         loss_of(encoder(X)).backward()
-        capture.__enter__()
-    with pytest.raises(AttributeError):
-        capture.__enter__()
+        with pytest.raises(RuntimeError, match=r"call (capture_attention|softmax_rule) anew for each 'with' block"):
+            block.__enter__()
+    with pytest.raises(RuntimeError, match="entered a second time"):
+        block.__enter__()
 
 
 def test_a_failing_backward_pass_leaves_nothing_behind(encoder):

@@ -205,6 +205,18 @@ def test_half_precision(name, dtype):
             assert (table[quantity] - exact[quantity])[both].abs().max() < 0.05, quantity
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_softmax_that_is_asked_for_in_float32_stays_one(name):
+    model = model_of(name).bfloat16()
+    batch = batch_of(model)
+    model(**batch).loss.backward()
+    expected = gradients(model)
+    layers, found = captured(model, batch, maps=True)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    for layer in layers:  # rounded to bfloat16 they would be off by 1e-3
+        assert (layer.attn.sum(-1) - 1).abs().max() < 1e-5
+
+
 def test_dropout_comes_after_the_weights():
     model = model_of("gpt2", attn_pdrop=0.5).train()
     for implementation in ("eager", "sdpa"):
@@ -220,13 +232,14 @@ CUTS = {
 }
 
 
+@pytest.mark.parametrize("padding", [None, "left"])
 @pytest.mark.parametrize("rule", CUTS)
 @pytest.mark.parametrize("name", ["gpt2", "llama", "t5", "bert"])
-def test_a_rule_is_a_softmax_that_is_cut_by_hand(name, rule, monkeypatch):
+def test_a_rule_is_a_softmax_that_is_cut_by_hand(name, rule, padding, monkeypatch):
     found = []
     for implementation in ("eager", "sdpa"):
         model = model_of(name, implementation)
-        batch = batch_of(model)
+        batch = batch_of(model, padding)
         with softmax_rule(model, rule):
             model(**batch).loss.backward()
         found.append(gradients(model))
@@ -497,6 +510,17 @@ def test_what_is_wrong_is_said_and_the_old_file_stays(what, saved, command, tmp_
     status, said = command(folder, text, out)
     assert status == 2 and "any_model.py: " in said and expected in said
     assert out.read_text() == "old" and len(list(tmp_path.iterdir())) == 3
+
+
+def test_interrupted_while_the_page_is_made_it_leaves_the_old_one(saved, command, tmp_path, monkeypatch):
+    def page(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(any_model, "page", page)
+    (tmp_path / "out.html").write_text("old")
+    status, said = command(saved / "gpt2", saved / "text.txt", tmp_path / "out.html", "--sequences", 2)
+    assert status == 130 and "nothing was written" in said
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
 def test_a_path_that_is_none_is_said(command, saved, tmp_path):
