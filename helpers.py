@@ -889,22 +889,29 @@ class CapturedAttention:
 
     def watch(self, scores: Tensor, attn: Tensor, visible: Tensor) -> Tensor:
         """Take note of a forward pass; the weights that are returned tell of their gradient when it arrives."""
-        self._why_no_grad = "the forward pass ran under torch.no_grad(), or every parameter is frozen"
         scores = scores.detach() if self.keep_maps else None
         if self.keep_maps:
             self._maps = scores, attn.detach(), visible, None
-        if not attn.requires_grad:
-            return attn
-        self._why_no_grad = "call loss.backward() inside the 'with' block, on a loss that depends on this layer"
-        return _Watched.apply(attn, visible, functools.partial(self._arrived, scores))
+        return self._watched(attn, functools.partial(self._arrived, scores), attn.detach(), visible)
+
+    def watch_fused(self, out: Tensor, call: _FusedCall) -> Tensor:
+        """The same of a fused attention's output, where no maps are to be kept."""
+        arrived = functools.partial(self._arrived_at_output, call._replace(query=None, key=None, value=None))
+        mask = None if call.attn_mask is None else call.attn_mask.detach()
+        return self._watched(out, arrived, *(x.detach() for x in call[:3]), mask)
 
     def close(self) -> None:
         """Gradients that arrive later are not taken in."""
         self._open = False
 
-    def _arrived(self, scores: Tensor | None, attn: Tensor, visible: Tensor, grad: Tensor) -> None:
-        if not self._open:
-            return
+    def _watched(self, x: Tensor, arrived: Callable[..., None], *seen: Tensor | None) -> Tensor:
+        self._why_no_grad = "the forward pass ran under torch.no_grad(), or every parameter is frozen"
+        if not x.requires_grad:
+            return x
+        self._why_no_grad = "call loss.backward() inside the 'with' block, on a loss that depends on this layer"
+        return _Watched.apply(x, lambda *seen: arrived(*seen) if self._open else None, *seen)
+
+    def _arrived(self, scores: Tensor | None, grad: Tensor, attn: Tensor, visible: Tensor) -> None:
         if not (some := visible.any(-1, keepdim=True)).all():  # a padded query, whatever the model makes of it
             attn = attn.masked_fill(~some, 0.0)
         if self.keep_maps:
@@ -912,24 +919,27 @@ class CapturedAttention:
         else:
             self._sums.append(head_sums(attn, grad, visible))
 
+    def _arrived_at_output(self, call: _FusedCall, grad: Tensor, query, key, value, mask) -> None:
+        self._sums.append(_fused_sums(call._replace(query=query, key=key, value=value, attn_mask=mask), grad))
+
 
 class _Watched(torch.autograd.Function):
-    """Attention weights, unchanged, whose gradient is seen as it passes by.
+    """A tensor, unchanged, whose gradient is seen as it passes by: ``arrived(gradient, *seen)``.
 
     What ``arrived`` is given lies in the graph, and nowhere else: it is freed, offloaded or recomputed with it.
     """
 
     @staticmethod
-    def forward(ctx, attn: Tensor, visible: Tensor, arrived: Callable[[Tensor, Tensor, Tensor], None]) -> Tensor:
+    def forward(ctx, x: Tensor, arrived: Callable[..., None], *seen: Tensor | None) -> Tensor:
         ctx.arrived = arrived
-        ctx.save_for_backward(attn, visible)
-        return attn.view_as(attn)
+        ctx.save_for_backward(*seen)
+        return x.view_as(x)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        attn, visible = ctx.saved_tensors
-        ctx.arrived(attn.detach(), visible, grad.detach())
-        return grad, None, None
+        seen = ctx.saved_tensors
+        ctx.arrived(grad.detach(), *seen)
+        return grad, None, *(None for _ in seen)
 
 
 class _Softmaxes(TorchFunctionMode):
@@ -987,6 +997,11 @@ class _Softmaxes(TorchFunctionMode):
         """Those of ``attention_weights``."""
         raise NotImplementedError
 
+    def fused(self, attention: Callable[..., Tensor], *args, **kwargs) -> Tensor:
+        """The output of ``F.scaled_dot_product_attention``, in steps of which this sees each."""
+        with self:
+            return _attention_step_by_step(*args, **kwargs)
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if not re.search(self.only, self.at_work[-1]):
@@ -995,8 +1010,7 @@ class _Softmaxes(TorchFunctionMode):
             return self.written(*args, **kwargs)
         name = getattr(func, "__name__", None)
         if name == "scaled_dot_product_attention":
-            with self:
-                return _attention_step_by_step(*args, **kwargs)
+            return self.fused(func, *args, **kwargs)
         if name == "multi_head_attention_forward":
             return self._multi_head(func, *args, **kwargs)
         if name == "softmax":  # of torch, of torch.nn.functional, or of a tensor
@@ -1029,38 +1043,60 @@ class _Softmaxes(TorchFunctionMode):
 MASKED = torch.finfo(torch.float16).min / 2  # a score below says that the key is hidden: -inf, or the least of a type
 
 
-def _attention_step_by_step(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """What ``F.scaled_dot_product_attention`` computes, by way of scores and weights that can be seen."""
-    device = query.device.type
-    if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
-        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
-    # a fused kernel rounds its results alone to half precision
-    q, k, v = (x.float() if torch.finfo(x.dtype).bits < 32 else x for x in (query, key, value))
-    if enable_gqa:
-        groups = q.shape[-3] // k.shape[-3]
-        k, v = (x.repeat_interleave(groups, dim=-3) for x in (k, v))
-    with torch.autocast(device, enabled=False):
-        scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+class _FusedCall(NamedTuple):
+    """What ``F.scaled_dot_product_attention`` is called with, as its kernels take it: see there for the arguments."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+    def cast(self) -> _FusedCall:
+        """To the type that autocast would choose."""
+        query, key, value, device = *self[:3], self.query.device.type
+        if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
+            query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+        return self._replace(query=query, key=key, value=value)
+
+    def in_full(self) -> _FusedCall:
+        """As the kernels compute, which round their results alone to half precision; each query's head has its keys."""
+        query, key, value = (x.float() if torch.finfo(x.dtype).bits < 32 else x for x in self[:3])
+        if self.enable_gqa:
+            groups = query.shape[-3] // key.shape[-3]
+            key, value = (x.repeat_interleave(groups, dim=-3) for x in (key, value))
+        scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
+        return self._replace(query=query, key=key, value=value, scale=scale, enable_gqa=False)
+
+    def scores(self, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Of the queries in ``rows``, masked by ``-inf``, and which keys they see."""
+        query = self.query[..., rows, :]
+        scores = query @ self.key.mT * self.scale
+        T_q, T_k = self.query.shape[-2], self.key.shape[-2]
         visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
-        if is_causal:
-            visible = visible.tril()
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            visible = visible & attn_mask
-        elif attn_mask is not None:
-            scores, visible = scores + attn_mask, visible & (attn_mask > MASKED)
-        scores = scores.masked_fill(~visible, -math.inf)
+        if self.is_causal:
+            visible = torch.arange(T_k, device=scores.device) <= torch.arange(T_q, device=scores.device)[rows, None]
+        if self.attn_mask is not None:
+            mask = self.attn_mask.expand(*self.attn_mask.shape[:-2], T_q, T_k)[..., rows, :]
+            if mask.dtype == torch.bool:
+                visible = visible & mask
+            else:
+                scores, visible = scores + mask, visible & (mask > MASKED)
+        return scores.masked_fill(~visible, -math.inf), visible
+
+
+def _attention_step_by_step(*args, **kwargs) -> Tensor:
+    """What ``F.scaled_dot_product_attention`` computes, by way of scores and weights that can be seen."""
+    call = _FusedCall(*args, **kwargs).cast()
+    with torch.autocast(call.query.device.type, enabled=False):
+        full = call.in_full()
+        scores, visible = full.scores()
         parted = scores.view(*(1,) * (4 - scores.dim()), *scores.shape)
         attn = attention_weights(parted, visible, _softmax_or_nothing).view_as(scores)
-        return (F.dropout(attn, dropout_p) @ v).to(value.dtype)
+        return (F.dropout(attn, call.dropout_p) @ full.value).to(call.value.dtype)
 
 
 def _softmax_or_nothing(scores: Tensor) -> Tensor:
@@ -1082,12 +1118,19 @@ class _Capture(_Softmaxes):
         self.used.clear()
 
     def plain(self, softmax, scores, visible):
-        return self._watch(scores, softmax(scores), visible)
+        return self._layer().watch(scores, softmax(scores), visible)
 
     def written(self, scores, visible, activation, send_back):
-        return self._watch(scores, attention_weights(scores, visible, activation, send_back), visible)
+        return self._layer().watch(scores, attention_weights(scores, visible, activation, send_back), visible)
 
-    def _watch(self, scores: Tensor, attn: Tensor, visible: Tensor) -> Tensor:
+    def fused(self, attention, *args, **kwargs):
+        call = _FusedCall(*args, **kwargs).cast()
+        if self.maps or call.dropout_p > 0:
+            return super().fused(attention, *args, **kwargs)
+        return self._layer().watch_fused(attention(**call._asdict()), call)
+
+    def _layer(self) -> CapturedAttention:
+        """That of the module at work."""
         name = self.at_work[-1]
         self.used[name] += 1
         if self.used[name] > 1:  # a module that is used again in the same pass is a further layer
@@ -1096,7 +1139,7 @@ class _Capture(_Softmaxes):
         if layer is None:
             layer = CapturedAttention(name, self.maps)
             self.layers.append(layer)
-        return layer.watch(scores, attn, visible)
+        return layer
 
 
 @_for_one_block
@@ -1219,19 +1262,30 @@ class HeadSums(NamedTuple):
 
     products: Tensor  # (B, H, 6): inner products <f, f>, <d, d>, <d, f>, <e, e>, <g, g>, <g, f>; e is g on visible keys
     noise: Tensor  # (B, H): what rounding may make of the first of them, |f|^2
-    shapes: Tensor  # (B, H, 3): entropy, attn_max, attn_mean
+    shapes: Tensor  # (B, H, 3): sums over queries, of entropy and attn_max, and of rows with a key at all
+    counts: Tensor  # (B, H, 3): over how many to take the means: queries with several keys, the same, visible pairs
     size: Tensor  # (H,): the unit
 
     @classmethod
     def of_all(cls, parts: Iterable[HeadSums]) -> HeadSums:
         """Those of the sequences of all ``parts``."""
+        return cls._together(parts, torch.cat)
+
+    @classmethod
+    def of_rows(cls, parts: Iterable[HeadSums]) -> HeadSums:
+        """Those of sequences of which each of ``parts`` has some queries, and all of their keys."""
+        return cls._together(parts, lambda values: torch.stack(values).sum(0))
+
+    @classmethod
+    def _together(cls, parts: Iterable[HeadSums], join: Callable[[list[Tensor]], Tensor]) -> HeadSums:
         parts = list(parts)
         size = torch.stack([part.size for part in parts]).amax(0)
         scales = [(part.size / size).square() for part in parts]
         return cls(
-            torch.cat([part.products * scale[:, None] for part, scale in zip(parts, scales, strict=True)]),
-            torch.cat([part.noise * scale for part, scale in zip(parts, scales, strict=True)]),
-            torch.cat([part.shapes for part in parts]),
+            join([part.products * scale[:, None] for part, scale in zip(parts, scales, strict=True)]),
+            join([part.noise * scale for part, scale in zip(parts, scales, strict=True)]),
+            join([part.shapes for part in parts]),
+            join([part.counts for part in parts]),
             size,
         )
 
@@ -1249,7 +1303,8 @@ def head_sums(attn: Tensor, grad: Tensor, visible: Tensor | None = None) -> Head
         grad = grad / size.to(grad.device)[:, None, None]
     attn, grad = ((x if x.dtype == torch.float64 else x.float()).cpu().contiguous() for x in (attn, grad))
     seen = visible.expand(*visible.shape[:3], attn.shape[-1]).cpu().contiguous().view(torch.uint8)
-    products, shapes, off, hidden = map(torch.from_numpy, _map_sums(attn.numpy(), grad.numpy(), seen.numpy()))
+    sums = _map_sums(attn.numpy(), grad.numpy(), seen.numpy())
+    products, shapes, counts, off, hidden = map(torch.from_numpy, sums)
     off = off.max().item()
     if not off <= max(1e-3, 2 * u_a):  # written so that NaN fails too
         raise ValueError("the rows of attn are not weights that sum to 1: the split is that of a softmax")
@@ -1264,7 +1319,30 @@ def head_sums(attn: Tensor, grad: Tensor, visible: Tensor | None = None) -> Head
     u = max(off, u_a, u_g)  # rounding moves a sum of 1 by its relative error at the most
     n_keys = attn.shape[-1]
     noise = 2 * u**2 * (dd + ff) + (step_a**2 + EPS64**2) * ee + n_keys / 8 * (step_g / size) ** 2
-    return HeadSums(products, noise, shapes, size)
+    return HeadSums(products, noise, shapes, counts, size)
+
+
+TILE = 2**21  # pairs of a query and a key whose maps are made at once: 8 MB each in float32
+
+
+@torch.no_grad()
+def _fused_sums(call: _FusedCall, grad_out: Tensor) -> HeadSums:
+    """``head_sums`` from a fused attention's inputs and the gradient at its output, a tile of queries at a time.
+
+    Both maps follow from them: ``A = softmax(scores)`` and ``dL/dA = dO V^T``; memory is linear in the length.
+    """
+    with torch.autocast(grad_out.device.type, enabled=False):
+        call = call.in_full()
+        query, key, value, grad_out = (x.view(*(1,) * (4 - x.dim()), *x.shape) for x in (*call[:3], grad_out))
+        call = call._replace(query=query, key=key, value=value)
+        B, H, T_q, _ = query.shape
+        n = max(1, TILE // (B * H * key.shape[2]))
+        parts = []
+        for start in range(0, T_q, n):
+            rows = slice(start, start + n)
+            scores, visible = call.scores(rows)
+            parts.append(head_sums(_softmax_or_nothing(scores), grad_out[:, :, rows].to(value) @ value.mT, visible))
+        return HeadSums.of_rows(parts)
 
 
 @numba.njit(parallel=True, cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"})  # NaN and infinity count
@@ -1276,7 +1354,8 @@ def _map_sums(attn, grad, visible):
     keys.
     """
     B, H, T_q, T_k = attn.shape
-    products, shapes, off, hidden = np.zeros((B, H, 6)), np.zeros((B, H, 3)), np.zeros((B, H)), np.zeros((B, H))
+    products, shapes, counts = np.zeros((B, H, 6)), np.zeros((B, H, 3)), np.zeros((B, H, 3))
+    off, hidden = np.zeros((B, H)), np.zeros((B, H))
     for n in numba.prange(B * H):
         b, h = n // H, n % H
         several, pairs = 0, 0
@@ -1313,8 +1392,8 @@ def _map_sums(attn, grad, visible):
             pairs += n_seen
             shapes[b, h, 2] += min(n_seen, 1)
             hidden[b, h] += masked
-        shapes[b, h] /= np.array((several, several, pairs))
-    return products, shapes, off, hidden
+        counts[b, h] = several, several, pairs
+    return products, shapes, counts, off, hidden
 
 
 @numba.njit(inline="always")
@@ -1381,7 +1460,7 @@ def _figures(sums: HeadSums, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
     ff, dd, df, ee, gg, gf = sums.products.unbind(-1)  # (B, H) each
     oo, do = ff - 2 * df + dd, df - dd  # o = f - d
     B, H = ff.shape
-    shapes = dict(zip(("entropy", "attn_max", "attn_mean"), sums.shapes.unbind(-1), strict=True))
+    shapes = dict(zip(("entropy", "attn_max", "attn_mean"), (sums.shapes / sums.counts).unbind(-1), strict=True))
     floor = sums.noise / ROUNDING**2
     pairs = {"cos_diag": (df, dd), "cos_ste": (gf, ee), "cos_ste_unmasked": (gf, gg)}
     cosines = {name: torch.where(ff > floor, xf / (xx * ff).sqrt(), torch.nan) for name, (xf, xx) in pairs.items()}
