@@ -267,7 +267,9 @@ PLANS = {
 PLANS["messages"] = _beside("recall", "off", [name for name in PROBES if "_as_" in name])
 PLANS["transplants"] = _beside("recall", "off", [name for name in PROBES if "_then_" in name], seeds=FOUR)
 PLANS |= {f"tangents-{arm}": _beside("recall", arm, ("diagonal", "zero")) for arm in TANGENTS}
-PLANS |= {f"long-{arm}": _beside("recall", arm, ("diagonal", "zero"), seeds=FOUR, steps=12_000) for arm in ("exact", "off")}
+PLANS |= {
+    f"long-{arm}": _beside("recall", arm, ("diagonal", "zero"), seeds=FOUR, steps=12_000) for arm in ("exact", "off")
+}
 PLANS |= {f"others-{task}-{arm}": _beside(task, arm, OTHERS) for task in SEEDS for arm in ("off", "exact")}
 PLANS |= {
     f"stabilisers-{name}": Plan(
