@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import joblib
+import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock, Timeout
@@ -48,15 +49,20 @@ from helpers import (
     SECOND_EDITION,
     SOLVED,
     TASKS,
+    TOLERABLE,
     TUNING_SEEDS,
+    Judged,
     RecallTask,
     Settings,
     best_settings,
+    harm,
+    judged,
     load_corpus,
     load_results,
     made_by,
     row_code,
     save_atomically,
+    share_interval,
     shared_control,
     symptoms,
     train,
@@ -305,6 +311,102 @@ PLANS |= {  # with sixteen the exact pass alone, notebook 08 says why
 PLANS["text-2000"] = _beside("shakespeare", "exact", DECIDING, seeds=FOUR, steps=2000)
 TRIAL = {"recall": Seeds((100,), (200, 201, 202), 3)}
 SMALL = Plan(_rules("recall", ("full", "none"), steps=20), lrs=(1e-3,), more_lrs=(), seeds=TRIAL)
+
+# ---- the decision, by the protocol of notebook 08 ------------------------------------------------------------------
+
+MOST, BEHIND = 0.5, -0.25  # bounds on the share solved, and on how far it may be behind full's; fixed before the runs
+
+
+def share_difference(
+    solved: int, runs: int, other_solved: int, other_runs: int, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Newcombe's (1998, method 10) interval for the first share less the second, from Wilson's for each.
+
+    >>> [round(end, 3) for end in share_difference(56, 70, 48, 80)]
+    [0.052, 0.334]
+    """
+    p, q = solved / runs, other_solved / other_runs
+    p_low, p_high = share_interval(solved, runs, confidence)
+    q_low, q_high = share_interval(other_solved, other_runs, confidence)
+    return p - q - math.hypot(p - p_low, q_high - q), p - q + math.hypot(p_high - p, q - q_low)
+
+
+def mending(results: pd.DataFrame, rules: Iterable[str] = ("diagonal", "zero")) -> pd.DataFrame:
+    """Which ``rules`` a setting mends, by the protocol of notebook 08: one row a rule within its setting.
+
+    All are judged at the rate of ``full``. A rule is *mended* if the interval of its share of recall solved lies above
+    ``MOST``, that of the difference from the share of ``full`` above ``BEHIND``, and that of its harm on Shakespeare
+    ends at or below ``TOLERABLE``; *not mended* if one of the three lies wholly on the other side; *missing* where
+    there are no runs, or one of them failed; else *undetermined*. ``recall`` is this verdict without the harm, ``both``
+    with it. Intervals are of 95 %; the verdicts hold for all ``rules`` of a setting together, by Holm's (1979) method,
+    see ``_level``.
+    """
+    rules = tuple(rules)
+    setting = [name for name in GROUP if name not in ("task", "steps")]
+    cases: dict[tuple, dict[str, Judged]] = {}
+    for case in judged(results, at="full"):
+        if case.rule in rules and case.group["steps"] == TASKS[case.group["task"]]["steps"]:
+            key = *(case.group[name] for name in setting), case.rule
+            cases.setdefault(key, {})[case.group["task"]] = case
+    rows = []
+    for key, tasks in cases.items():
+        row = dict(zip([*setting, "rule"], key, strict=True))
+        recall, losses = tasks.get("recall"), tasks["shakespeare"].losses() if "shakespeare" in tasks else None
+        parts = [recall.runs, recall.full] if recall else []
+        known = parts and all(len(part) and part["val_loss"].notna().all() for part in parts)
+        if known:
+            row |= dict(zip(("solved", "seeds", "full_solved", "full_seeds"), recall.solved, strict=True))
+            row["low"], row["high"] = share_interval(*recall.solved[:2])
+            row["behind_low"], row["behind_high"] = share_difference(*recall.solved)
+        if losses:
+            row |= dict(zip(("harm", "harm_low", "harm_high"), harm(*losses), strict=False))  # without its verdict
+        row |= {"recall": "missing", "level_recall": 1.0, "both": "missing", "level_both": 1.0}
+        if known:
+            row["recall"], row["level_recall"] = _level(recall.solved, None)
+        if known and losses:
+            row["both"], row["level_both"] = _level(recall.solved, losses)
+        rows.append(row)
+    table = pd.DataFrame(rows)
+    for verdict in ("recall", "both") if rows else ():
+        held = table.groupby(setting, sort=False)[f"level_{verdict}"].transform(_holm)
+        table[verdict] = table[verdict].where(held | (table[verdict] == "missing"), "undetermined")
+    return table
+
+
+def _level(solved: tuple[int, int, int, int], losses: list[pd.Series] | None) -> tuple[str, float]:
+    """Mended or not mended, and the smallest error level at which the intervals say so; undetermined at 1.
+
+    One of three ways to be not mended is enough, so each has a third of the level; to be mended takes all three.
+    """
+
+    def decided(level: float) -> str:
+        for verdict, confidence in (("mended", 1 - level), ("not mended", 1 - level / 3)):
+            share, behind = share_interval(*solved[:2], confidence), share_difference(*solved, confidence)
+            cost = harm(*losses, confidence) if losses else None
+            ends = [(share[0] - MOST, share[1] - MOST), (behind[0] - BEHIND, behind[1] - BEHIND)]
+            ends += [(TOLERABLE - cost.high, TOLERABLE - cost.low)] if cost else []
+            if verdict == "mended" and all(low >= 0 for low, _ in ends):
+                return verdict
+            if verdict == "not mended" and any(high < 0 for _, high in ends):
+                return verdict
+        return "undetermined"
+
+    low, high = math.log(1e-12), math.log(0.05)
+    verdict = decided(math.exp(high))
+    if verdict == "undetermined":
+        return verdict, 1.0
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        low, high = (low, middle) if decided(math.exp(middle)) == verdict else (middle, high)
+    return verdict, math.exp(high)
+
+
+def _holm(levels: pd.Series) -> pd.Series:
+    """Which of several verdicts hold together at the level 0.05: the smallest against 0.05 / n, the next / (n - 1)."""
+    order = levels.sort_values()
+    holds = order <= 0.05 / np.arange(len(order), 0, -1)
+    return holds.cummin().reindex(levels.index)
+
 
 # ---- one run -------------------------------------------------------------------------------------------------------
 

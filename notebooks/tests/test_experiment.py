@@ -9,10 +9,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import sweep
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy.stats import norm, ttest_1samp
+from sweep import mending, share_difference
 
 import helpers
 from helpers import (
@@ -26,9 +28,7 @@ from helpers import (
     harm_table,
     judged,
     load_results,
-    mending,
     plot_harm,
-    share_difference,
     share_interval,
     symptoms,
     twin,
@@ -611,10 +611,10 @@ def test_a_difference_of_shares_has_newcombe_s_interval(one, other, confidence):
 def test_holm_s_method_stops_at_the_first_that_fails():
     levels = pd.Series([0.03, 0.012, 0.04, 0.011, 1.0], index=[7, 3, 9, 1, 2])
     # in order: 0.011 against 0.05 / 5 fails, and with it all others
-    assert not helpers._holm(levels).any()
+    assert not sweep._holm(levels).any()
     levels[1] = 0.0099  # then 0.012 against 0.0125, 0.03 against 0.0167: fails, and 0.04 is not asked any more
-    assert helpers._holm(levels).to_dict() == {7: False, 3: True, 9: False, 1: True, 2: False}
-    assert helpers._holm(pd.Series([0.05])).tolist() == [True] and helpers._holm(pd.Series([0.051])).tolist() == [False]
+    assert sweep._holm(levels).to_dict() == {7: False, 3: True, 9: False, 1: True, 2: False}
+    assert sweep._holm(pd.Series([0.05])).tolist() == [True] and sweep._holm(pd.Series([0.051])).tolist() == [False]
 
 
 def arm(rules, full=(24, 24), **changes) -> pd.DataFrame:
