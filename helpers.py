@@ -1088,6 +1088,23 @@ class _FusedCall(NamedTuple):
         return scores.masked_fill(~visible, -math.inf), visible
 
 
+def _tiles(call: _FusedCall, grad_out: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Weights, their gradient and the visible keys, of so many queries at a time that ``TILE`` holds their maps.
+
+    Both maps follow from what a fused attention is given: ``A = softmax(scores)`` and ``dL/dA = dO V^T``.
+    """
+    call = call.in_full()
+    query, key, value, grad_out = (x.view(*(1,) * (4 - x.dim()), *x.shape) for x in (*call[:3], grad_out))
+    call = call._replace(query=query, key=key, value=value)
+    B, H, T_q, _ = grad_out.shape
+    n = max(1, TILE // (B * H * key.shape[-2]))
+    for start in range(0, T_q, n):
+        rows = slice(start, start + n)
+        scores, visible = call.scores(rows)
+        visible = visible.view(*(1,) * (4 - visible.dim()), *visible.shape)
+        yield _softmax_or_nothing(scores), grad_out[:, :, rows].to(value) @ value.mT, visible
+
+
 def _attention_step_by_step(*args, **kwargs) -> Tensor:
     """What ``F.scaled_dot_product_attention`` computes, by way of scores and weights that can be seen."""
     call = _FusedCall(*args, **kwargs).cast()
@@ -1269,32 +1286,49 @@ class HeadSums(NamedTuple):
     @classmethod
     def of_all(cls, parts: Iterable[HeadSums]) -> HeadSums:
         """Those of the sequences of all ``parts``."""
-        return cls._together(parts, torch.cat)
-
-    @classmethod
-    def of_rows(cls, parts: Iterable[HeadSums]) -> HeadSums:
-        """Those of sequences of which each of ``parts`` has some queries, and all of their keys."""
-        return cls._together(parts, lambda values: torch.stack(values).sum(0))
-
-    @classmethod
-    def _together(cls, parts: Iterable[HeadSums], join: Callable[[list[Tensor]], Tensor]) -> HeadSums:
         parts = list(parts)
         size = torch.stack([part.size for part in parts]).amax(0)
         scales = [(part.size / size).square() for part in parts]
         return cls(
-            join([part.products * scale[:, None] for part, scale in zip(parts, scales, strict=True)]),
-            join([part.noise * scale for part, scale in zip(parts, scales, strict=True)]),
-            join([part.shapes for part in parts]),
-            join([part.counts for part in parts]),
+            torch.cat([part.products * scale[:, None] for part, scale in zip(parts, scales, strict=True)]),
+            torch.cat([part.noise * scale for part, scale in zip(parts, scales, strict=True)]),
+            torch.cat([part.shapes for part in parts]),
+            torch.cat([part.counts for part in parts]),
             size,
         )
 
 
-@torch.no_grad()
 def head_sums(attn: Tensor, grad: Tensor, visible: Tensor | None = None) -> HeadSums:
     """The sums over (query, key) pairs that ``head_energy``, which see, takes its figures from."""
-    visible = _check_attention(attn, grad, visible)
-    (u_a, step_a), (u_g, step_g) = _precision(attn), _precision(grad)
+    return _sums_of([(attn, grad, _check_attention(attn, grad, visible))])
+
+
+@torch.no_grad()
+def _sums_of(tiles: Iterable[tuple[Tensor, Tensor, Tensor]]) -> HeadSums:
+    """``head_sums`` of maps that come in tiles (attn, grad, visible), some queries with all of their keys in each."""
+    *sums, made, n_keys = zip(*(_tile_sums(*tile) for tile in tiles), strict=True)
+    products, shapes, counts, off, hidden, sizes = map(torch.stack, sums)
+    off, size = off.max().item(), sizes.amax(0)
+    (u_a, step_a), (u_g, step_g) = (_precision(set.intersection(*formats)) for formats in zip(*made, strict=True))
+    if not off <= max(1e-3, 2 * u_a):  # written so that NaN fails too
+        raise ValueError("the rows of attn are not weights that sum to 1: the split is that of a softmax")
+    if hidden.any():
+        raise ValueError("attn is not zero on masked keys: pass the map of visible keys that the model used")
+    products = (products * (sizes / size).square()[:, None, :, None]).sum(0)
+    if not products.isfinite().all():
+        raise ValueError("grad holds values that are not finite")
+    ff, dd, ee = products[..., 0], products[..., 1], products[..., 3]
+
+    # What rounding makes of f = J g: relative errors u of g give u^2 sum_k |J's column k|^2 g_k^2 <= 2 u^2 |d|^2, those
+    # of a, whose rows sum to 1, 2 u^2 |f|^2. Near zero errors are absolute, a format's step. float64 adds its own.
+    u = max(off, u_a, u_g)  # rounding moves a sum of 1 by its relative error at the most
+    noise = 2 * u**2 * (dd + ff) + (step_a**2 + EPS64**2) * ee + max(n_keys) / 8 * (step_g / size) ** 2
+    return HeadSums(products, noise, shapes.sum(0), counts.sum(0), size)
+
+
+def _tile_sums(attn: Tensor, grad: Tensor, visible: Tensor) -> tuple:
+    """What ``_map_sums`` returns, the unit of its gradients, the formats of attn and of grad, the number of keys."""
+    made = _formats(attn), _formats(grad)
     # the squares of a float32 fit a float64; for those of a float64 the unit is the head's largest gradient
     size = torch.ones(attn.shape[1], dtype=torch.float64)
     if grad.dtype == torch.float64:
@@ -1303,23 +1337,7 @@ def head_sums(attn: Tensor, grad: Tensor, visible: Tensor | None = None) -> Head
         grad = grad / size.to(grad.device)[:, None, None]
     attn, grad = ((x if x.dtype == torch.float64 else x.float()).cpu().contiguous() for x in (attn, grad))
     seen = visible.expand(*visible.shape[:3], attn.shape[-1]).cpu().contiguous().view(torch.uint8)
-    sums = _map_sums(attn.numpy(), grad.numpy(), seen.numpy())
-    products, shapes, counts, off, hidden = map(torch.from_numpy, sums)
-    off = off.max().item()
-    if not off <= max(1e-3, 2 * u_a):  # written so that NaN fails too
-        raise ValueError("the rows of attn are not weights that sum to 1: the split is that of a softmax")
-    if hidden.any():
-        raise ValueError("attn is not zero on masked keys: pass the map of visible keys that the model used")
-    if not products.isfinite().all():
-        raise ValueError("grad holds values that are not finite")
-    ff, dd, ee = products[..., 0], products[..., 1], products[..., 3]
-
-    # What rounding makes of f = J g: relative errors u of g give u^2 sum_k |J's column k|^2 g_k^2 <= 2 u^2 |d|^2, those
-    # of a, whose rows sum to 1, 2 u^2 |f|^2. Near zero errors are absolute, a format's step. float64 adds its own.
-    u = max(off, u_a, u_g)  # rounding moves a sum of 1 by its relative error at the most
-    n_keys = attn.shape[-1]
-    noise = 2 * u**2 * (dd + ff) + (step_a**2 + EPS64**2) * ee + n_keys / 8 * (step_g / size) ** 2
-    return HeadSums(products, noise, shapes, counts, size)
+    return *map(torch.from_numpy, _map_sums(attn.numpy(), grad.numpy(), seen.numpy())), size, made, attn.shape[-1]
 
 
 TILE = 2**21  # pairs of a query and a key whose maps are made at once: 8 MB each in float32
@@ -1327,22 +1345,9 @@ TILE = 2**21  # pairs of a query and a key whose maps are made at once: 8 MB eac
 
 @torch.no_grad()
 def _fused_sums(call: _FusedCall, grad_out: Tensor) -> HeadSums:
-    """``head_sums`` from a fused attention's inputs and the gradient at its output, a tile of queries at a time.
-
-    Both maps follow from them: ``A = softmax(scores)`` and ``dL/dA = dO V^T``; memory is linear in the length.
-    """
+    """``head_sums`` from a fused attention's inputs and the gradient at its output; memory is linear in the length."""
     with torch.autocast(grad_out.device.type, enabled=False):
-        call = call.in_full()
-        query, key, value, grad_out = (x.view(*(1,) * (4 - x.dim()), *x.shape) for x in (*call[:3], grad_out))
-        call = call._replace(query=query, key=key, value=value)
-        B, H, T_q, _ = query.shape
-        n = max(1, TILE // (B * H * key.shape[2]))
-        parts = []
-        for start in range(0, T_q, n):
-            rows = slice(start, start + n)
-            scores, visible = call.scores(rows)
-            parts.append(head_sums(_softmax_or_nothing(scores), grad_out[:, :, rows].to(value) @ value.mT, visible))
-        return HeadSums.of_rows(parts)
+        return _sums_of(_tiles(call, grad_out))
 
 
 @numba.njit(parallel=True, cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"})  # NaN and infinity count
@@ -1490,18 +1495,21 @@ def _figures(sums: HeadSums, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def _precision(values: Tensor) -> tuple[float, float]:
-    """The precision in which ``values`` were made: relative rounding error, and the smallest step near zero.
-
-    That of the coarsest formats which hold all of them exactly: a float32 now may have been made in half precision.
-    """
+def _formats(values: Tensor) -> set[torch.dtype]:
+    """In which ``values`` may have been made, as they hold all of them: a float32 may be a half precision's."""
     # the last query first: it is nearly always enough to exclude a format
-    holds = [torch.finfo(values.dtype)]
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        coarser = torch.finfo(dtype).bits < holds[0].bits
-        if coarser and all((part.to(dtype) == part).all() for part in (values[:, :, -1], values)):
-            holds.append(torch.finfo(dtype))
-    return max(made.eps / 2 for made in holds), max(made.smallest_normal * made.eps for made in holds)
+    return {values.dtype} | {
+        dtype
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+        if torch.finfo(dtype).bits < torch.finfo(values.dtype).bits
+        and all((part.to(dtype) == part).all() for part in (values[:, :, -1], values))
+    }
+
+
+def _precision(formats: set[torch.dtype]) -> tuple[float, float]:
+    """Of the coarsest of them: its relative rounding error, and its smallest step near zero."""
+    made = [torch.finfo(dtype) for dtype in formats]
+    return max(each.eps / 2 for each in made), max(each.smallest_normal * each.eps for each in made)
 
 
 def _check_attention(attn: Tensor, grad: Tensor, visible: Tensor | None) -> Tensor:

@@ -1,6 +1,7 @@
 """A fused attention that is captured without maps: it stays fused, and its sums are those of the maps made by hand."""
 
 import math
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import pytest
@@ -75,7 +76,7 @@ CALLS = {
 
 def sums_by_hand(call, query, key, value, grad_out):
     """Scores, weights and output as the textbook writes them, the gradient at the weights by autograd."""
-    pairs = [(h // (H // call.n_kv)) for h in range(H)]  # the keys of each head
+    pairs = [h // (H // call.n_kv) for h in range(H)]  # the keys of each head
     attn = (call.scale * query @ key[:, pairs].mT + call.added).softmax(-1).nan_to_num(0.0).detach().requires_grad_()
     out = attn @ value[:, pairs]
     (out * grad_out).sum().backward()
@@ -86,7 +87,7 @@ def captured(call, query, key, value, grad_out, maps=False, passes=1):
     """The layer that a capture sees, and the output of the last pass."""
     model = nn.Module()
     model.forward = lambda: F.scaled_dot_product_attention(query, key, value, **call.options)
-    with capture_attention(model, maps) as (layers):
+    with capture_attention(model, maps) as layers:
         for _ in range(passes):
             out = model()
             (out * grad_out).sum().backward()
@@ -118,3 +119,166 @@ def test_maps_say_the_same(name):
     call = CALLS[name]
     layer, _ = captured(call, *call.tensors(), maps=True)
     assert_same(captured(call, *call.tensors())[0].sums, layer.sums)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_half_precision_and_autocast_round_what_goes_in_alone(dtype, autocast, tiled):
+    call = CALLS["padded queries"]
+    tensors = call.tensors(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):  # also around the backward pass
+        layer, out = captured(call, *tensors)
+    query, key, value, grad_out = (
+        x.detach().to(out.dtype).to(torch.promote_types(dtype, torch.float)) for x in tensors
+    )
+    _, expected = sums_by_hand(call._replace(added=call.added.to(query)), query, key, value, grad_out)
+    assert out.dtype == (torch.bfloat16 if autocast and dtype != torch.float64 else dtype)
+    assert_same(layer.sums._replace(noise=expected.noise), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer.sums.noise, expected.noise, rtol=4, atol=0)  # of sums of rows, rounded
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e20])
+def test_queries_without_a_gradient_say_nothing_about_its_precision(scale, tiled):
+    """As where the loss leaves tokens out: zeros fit every format, and the other queries' gradients do not."""
+    *tensors, grad_out = CALLS["causal"].tensors(torch.float32)
+    grad_out[:, :, 1:4] = 0
+    layer, _ = captured(CALLS["causal"], *tensors, scale * grad_out)
+    assert energy_table([layer], n_boot=1)["defined"].all()
+    layer, _ = captured(CALLS["causal"], *tensors, 0 * grad_out)
+    assert not energy_table([layer], n_boot=1)["defined"].any()
+
+
+def test_tiles_of_very_different_gradients_add_up(tiled):
+    *tensors, grad_out = CALLS["causal"].tensors()
+    grad_out *= 10.0 ** torch.linspace(-160, 160, T, dtype=torch.float64)[:, None]
+    assert_same(
+        captured(CALLS["causal"], *tensors, grad_out)[0].sums, sums_by_hand(CALLS["causal"], *tensors, grad_out)[1]
+    )
+
+
+def test_an_attention_without_a_batch(tiled):
+    tensors = [x.detach()[0] for x in CALLS["mask by head"].tensors()]
+    tensors[0].requires_grad_()
+    layer, _ = captured(CALLS["mask by head"], *tensors)
+    assert_same(layer.sums, sums_by_hand(CALLS["mask by head"], *(x.detach()[None] for x in tensors))[1])
+
+
+# --- passes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_passes_add_up_one_after_the_other_and_in_one_backward_pass(together, tiled):
+    call = CALLS["causal"]
+    passes = [call.tensors(), [-2 * x.detach() for x in call.tensors()]]
+    model = nn.Module()
+    model.forward = lambda *inputs: F.scaled_dot_product_attention(*inputs, is_causal=True)
+    with capture_attention(model) as layers:
+        losses = []
+        for *inputs, grad_out in passes:
+            losses.append((model(*(x.detach().requires_grad_() for x in inputs)) * grad_out).sum())
+            if not together:
+                losses.pop().backward()
+        if together:
+            sum(losses).backward()  # the last comes back first
+    expected = [sums_by_hand(call, *each)[1] for each in passes]
+    assert len(layers) == 1
+    assert_same(layers[0].sums, HeadSums.of_all(expected[::-1] if together else expected))
+
+
+class Two(nn.Module):
+    """One attention after another, their activations recomputed if asked."""
+
+    def __init__(self, reentrant=None):
+        super().__init__()
+        self.reentrant, self.first, self.second = reentrant, nn.Module(), nn.Module()
+        for attention in (self.first, self.second):
+            attention.forward = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    def forward(self, query, key, value):
+        for attention in (self.first, self.second):
+            if self.reentrant is None:
+                query = attention(query, key, value)
+            else:
+                query = checkpoint(attention, query, key, value, use_reentrant=self.reentrant)
+        return query
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputed_activations_give_the_same_sums(reentrant, tiled):
+    *inputs, grad_out = CALLS["causal"].tensors()
+    found = []
+    for model in (Two(), Two(reentrant)):
+        with capture_attention(model) as layers:
+            (model(*inputs) * grad_out).sum().backward()
+        found.append({layer.name: layer.sums for layer in layers})
+    assert found[0].keys() == found[1].keys() == {"first", "second"}
+    for name, sums in found[0].items():
+        assert_same(found[1][name], sums)
+
+
+# --- fused stays fused -----------------------------------------------------------------------------------------------
+
+
+class Largest(TorchDispatchMode):
+    """How many entries the largest tensor has that is made inside the ``with`` block."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.entries = max(self.entries, *(leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)), 0)
+        return out
+
+
+@pytest.mark.parametrize("learnt", [True, False])
+def test_no_map_is_made_as_a_whole_and_the_pass_is_not_changed(learnt, monkeypatch):
+    long = 32 * D
+    monkeypatch.setattr(helpers, "TILE", B * H * long * D)
+    bias = randn(long, long, seed=8).requires_grad_(learnt)
+    call = Call({"attn_mask": bias}, bias)
+    found, entries = [], []
+    for capture in (nullcontext, capture_attention):
+        *inputs, grad_out = call.tensors()
+        bias.grad = None
+        model = nn.Module()
+        model.forward = lambda *inputs: F.scaled_dot_product_attention(*inputs, **call.options)
+        with capture(model), Largest() as largest:
+            out = model(*inputs)
+            (out * grad_out).sum().backward()
+        found.append([out.detach(), *(x.grad for x in (*inputs, bias)[: 3 + learnt])])
+        entries.append(largest.entries)
+    assert all(map(torch.equal, *found))
+    assert [each < B * H * long**2 for each in entries] == [not learnt] * 2  # such a bias PyTorch itself does not fuse
+
+
+def test_with_dropout_the_sums_are_those_of_the_maps_that_it_left():
+    call = Call({"dropout_p": 0.5})
+    found = []
+    for maps in (False, True):
+        torch.manual_seed(0)
+        found.append(captured(call, *call.tensors(), maps=maps)[0].sums)
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("rule_first", [True, False])
+def test_under_a_rule_the_sums_are_those_of_the_maps(rule_first):
+    *inputs, grad_out = CALLS["causal"].tensors()
+    model, found = Two(), []
+    for maps in (False, True):
+        outer, inner = softmax_rule(model, "diagonal"), capture_attention(model, maps)
+        if not rule_first:
+            outer, inner = inner, outer
+        with outer as one, inner as other:
+            (model(*inputs) * grad_out).sum().backward()
+        found.append(one or other)
+    for one, other in zip(*found, strict=True):
+        assert_same(one.sums, other.sums)
+
+
+def test_at_a_length_of_2048_float32_is_right_to_a_millionth():
+    call = CALLS["causal"]._replace(added=torch.zeros(2048, 2048))
+    tensors = [x.detach()[:1] for x in call.tensors(torch.float32)]
+    tensors[0].requires_grad_()
+    assert tensors[0].shape[2] * tensors[1].shape[2] * H > 4 * helpers.TILE
+    fused, maps = (captured(call, *tensors, maps=maps)[0].sums for maps in (False, True))
+    assert_same(fused._replace(noise=maps.noise), maps, rtol=1e-6, atol=0)
