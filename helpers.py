@@ -1072,15 +1072,15 @@ class _FusedCall(NamedTuple):
         return self._replace(query=query, key=key, value=value, scale=scale, enable_gqa=False)
 
     def scores(self, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """Of the queries in ``rows``, masked by ``-inf``, and which keys they see."""
-        query = self.query[..., rows, :]
-        scores = query @ self.key.mT * self.scale
+        """Of the queries in ``rows``, masked by ``-inf``, and which keys they see; causal ones up to the last seen."""
+        keys = slice(rows.stop if self.is_causal else None)
+        scores = self.query[..., rows, :] @ self.key[..., keys, :].mT * self.scale
         T_q, T_k = self.query.shape[-2], self.key.shape[-2]
         visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
         if self.is_causal:
-            visible = torch.arange(T_k, device=scores.device) <= torch.arange(T_q, device=scores.device)[rows, None]
+            visible = visible.tril(rows.start or 0)
         if self.attn_mask is not None:
-            mask = self.attn_mask.expand(*self.attn_mask.shape[:-2], T_q, T_k)[..., rows, :]
+            mask = self.attn_mask.expand(*self.attn_mask.shape[:-2], T_q, T_k)[..., rows, keys]
             if mask.dtype == torch.bool:
                 visible = visible & mask
             else:
@@ -1337,7 +1337,7 @@ def _tile_sums(attn: Tensor, grad: Tensor, visible: Tensor) -> tuple:
         grad = grad / size.to(grad.device)[:, None, None]
     attn, grad = ((x if x.dtype == torch.float64 else x.float()).cpu().contiguous() for x in (attn, grad))
     seen = visible.expand(*visible.shape[:3], attn.shape[-1]).cpu().contiguous().view(torch.uint8)
-    return *map(torch.from_numpy, _map_sums(attn.numpy(), grad.numpy(), seen.numpy())), size, made, attn.shape[-1]
+    return *map(torch.from_numpy, _map_sums(attn.numpy(), grad.numpy(), seen.numpy())), size, made, grad.shape[-1]
 
 
 TILE = 2**21  # pairs of a query and a key whose maps are made at once: 8 MB each in float32
@@ -1354,9 +1354,9 @@ def _fused_sums(call: _FusedCall, grad_out: Tensor) -> HeadSums:
 def _map_sums(attn, grad, visible):
     """One reading of the maps (B, H, T_q, T_k), a row at a time, in float64.
 
-    visible: 0 or 1, (B or 1, H or 1, T_q or 1, T_k). Returns, by sequence and head, the inner products of
-    ``head_energy`` and its shapes, how far a row is from weights that sum to 1 at the most, and the weights on masked
-    keys.
+    visible: 0 or 1, (B or 1, H or 1, T_q or 1, T_k). It may end before grad does, and attn with it: from there on all
+    keys are masked. Returns, by sequence and head, the inner products of ``head_energy`` and its shapes, how far a row
+    is from weights that sum to 1 at the most, and the weights on masked keys.
     """
     B, H, T_q, T_k = attn.shape
     products, shapes, counts = np.zeros((B, H, 6)), np.zeros((B, H, 3)), np.zeros((B, H, 3))
@@ -1378,6 +1378,8 @@ def _map_sums(attn, grad, visible):
                 n_seen += seen[j]
                 end = max(end, (j + 1) * seen[j])
                 top = max(top, np.float64(a_j).view(np.int64))  # as bits, of which a maximum is fast
+            for j in range(T_k, len(g)):
+                gg += np.float64(g[j]) * np.float64(g[j])
             wrong = abs(row - min(n_seen, 1)) + (sizes - row)
             if wrong > off[b, h] or np.isnan(wrong):  # once NaN, always
                 off[b, h] = wrong
