@@ -1305,39 +1305,59 @@ def head_sums(attn: Tensor, grad: Tensor, visible: Tensor | None = None) -> Head
 
 @torch.no_grad()
 def _sums_of(tiles: Iterable[tuple[Tensor, Tensor, Tensor]]) -> HeadSums:
-    """``head_sums`` of maps that come in tiles (attn, grad, visible), some queries with all of their keys in each."""
-    *sums, made, n_keys = zip(*(_tile_sums(*tile) for tile in tiles), strict=True)
-    products, shapes, counts, off, hidden, sizes = map(torch.stack, sums)
-    off, size = off.max().item(), sizes.amax(0)
-    (u_a, step_a), (u_g, step_g) = (_precision(set.intersection(*formats)) for formats in zip(*made, strict=True))
+    """``head_sums`` of maps that come in tiles (attn, grad, visible), of some queries and all their keys each."""
+    total = functools.reduce(_TileSums.plus, (_TileSums.of(*tile) for tile in tiles))
+    (u_a, step_a), (u_g, step_g) = _precision(total.made_attn), _precision(total.made_grad)
+    off = total.off.max().item()
     if not off <= max(1e-3, 2 * u_a):  # written so that NaN fails too
         raise ValueError("the rows of attn are not weights that sum to 1: the split is that of a softmax")
-    if hidden.any():
+    if total.hidden.any():
         raise ValueError("attn is not zero on masked keys: pass the map of visible keys that the model used")
-    products = (products * (sizes / size).square()[:, None, :, None]).sum(0)
-    if not products.isfinite().all():
+    if not total.products.isfinite().all():
         raise ValueError("grad holds values that are not finite")
-    ff, dd, ee = products[..., 0], products[..., 1], products[..., 3]
+    ff, dd, ee = total.products[..., 0], total.products[..., 1], total.products[..., 3]
 
     # What rounding makes of f = J g: relative errors u of g give u^2 sum_k |J's column k|^2 g_k^2 <= 2 u^2 |d|^2, those
     # of a, whose rows sum to 1, 2 u^2 |f|^2. Near zero errors are absolute, a format's step. float64 adds its own.
     u = max(off, u_a, u_g)  # rounding moves a sum of 1 by its relative error at the most
-    noise = 2 * u**2 * (dd + ff) + (step_a**2 + EPS64**2) * ee + max(n_keys) / 8 * (step_g / size) ** 2
-    return HeadSums(products, noise, shapes.sum(0), counts.sum(0), size)
+    noise = 2 * u**2 * (dd + ff) + (step_a**2 + EPS64**2) * ee + total.n_keys / 8 * (step_g / total.size) ** 2
+    return HeadSums(total.products, noise, total.shapes, total.counts, total.size)
 
 
-def _tile_sums(attn: Tensor, grad: Tensor, visible: Tensor) -> tuple:
-    """What ``_map_sums`` returns, the unit of its gradients, the formats of attn and of grad, the number of keys."""
-    made = _formats(attn), _formats(grad)
-    # the squares of a float32 fit a float64; for those of a float64 the unit is the head's largest gradient
-    size = torch.ones(attn.shape[1], dtype=torch.float64)
-    if grad.dtype == torch.float64:
-        largest = grad.abs().amax((0, 2, 3)).cpu()
-        size = largest.where(largest > 0, size)
-        grad = grad / size.to(grad.device)[:, None, None]
-    attn, grad = ((x if x.dtype == torch.float64 else x.float()).cpu().contiguous() for x in (attn, grad))
-    seen = visible.expand(*visible.shape[:3], attn.shape[-1]).cpu().contiguous().view(torch.uint8)
-    return *map(torch.from_numpy, _map_sums(attn.numpy(), grad.numpy(), seen.numpy())), size, made, grad.shape[-1]
+class _TileSums(NamedTuple):
+    """What ``_map_sums`` returns for some queries, in units of ``size``, and what tells of its precision."""
+
+    products: Tensor
+    shapes: Tensor
+    counts: Tensor
+    off: Tensor
+    hidden: Tensor
+    size: Tensor
+    made_attn: set[torch.dtype]
+    made_grad: set[torch.dtype]
+    n_keys: int
+
+    @classmethod
+    def of(cls, attn: Tensor, grad: Tensor, visible: Tensor) -> _TileSums:
+        made = _formats(attn), _formats(grad)
+        # the squares of a float32 fit a float64; for those of a float64 the unit is the head's largest gradient
+        size = torch.ones(attn.shape[1], dtype=torch.float64)
+        if grad.dtype == torch.float64:
+            largest = grad.abs().amax((0, 2, 3)).cpu()
+            size = largest.where(largest > 0, size)
+            grad = grad / size.to(grad.device)[:, None, None]
+        attn, grad = ((x if x.dtype == torch.float64 else x.float()).cpu().contiguous() for x in (attn, grad))
+        seen = visible.expand(*visible.shape[:3], attn.shape[-1]).cpu().contiguous().view(torch.uint8)
+        sums = _map_sums(attn.numpy(), grad.numpy(), seen.numpy())
+        return cls(*map(torch.from_numpy, sums), size, *made, grad.shape[-1])
+
+    def plus(self, other: _TileSums) -> _TileSums:
+        """Those of the queries of both: of many tiles one by one, as small things kept would break up the memory."""
+        size = torch.maximum(self.size, other.size)
+        products = [part.products * (part.size / size).square()[:, None] for part in (self, other)]
+        made = self.made_attn & other.made_attn, self.made_grad & other.made_grad
+        sums = self.shapes + other.shapes, self.counts + other.counts, torch.maximum(self.off, other.off)
+        return _TileSums(sum(products), *sums, self.hidden + other.hidden, size, *made, self.n_keys)
 
 
 TILE = 2**21  # pairs of a query and a key whose maps are made at once: 8 MB each in float32
