@@ -1066,8 +1066,7 @@ class _FusedCall(NamedTuple):
         """As the kernels compute, which round their results alone to half precision; each query's head has its keys."""
         query, key, value = (x.float() if torch.finfo(x.dtype).bits < 32 else x for x in self[:3])
         if self.enable_gqa:
-            groups = query.shape[-3] // key.shape[-3]
-            key, value = (x.repeat_interleave(groups, dim=-3) for x in (key, value))
+            key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], dim=-3) for x in (key, value))
         scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
         return self._replace(query=query, key=key, value=value, scale=scale, enable_gqa=False)
 
@@ -1480,6 +1479,40 @@ def head_energy(
     return _figures(head_sums(attn, grad, visible), n_boot, seed)
 
 
+def attention_energy(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad_out: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    n_boot: int = 1000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """``head_energy`` of an attention whose maps nobody has made, one row a head.
+
+    query: (B, H, T_q, D); key: (B, H, T_k, D); value: (B, H, T_k, D_v); grad_out: dL/dO (B, H, T_q, D_v), the gradient
+    at the output; all of one type. The others are what ``F.scaled_dot_product_attention`` was called with: attn_mask,
+    boolean (True: is seen) or added to the scores, of a shape that broadcasts to (B, H, T_q, T_k); is_causal: query i
+    sees keys 0 to i; scale: 1/sqrt(D) if not given; enable_gqa: H is a multiple of the heads of key and value.
+
+    Both maps follow, as in FlashAttention's backward pass (Dao et al. 2022): ``A = softmax(scale Q K^T + mask)`` and
+    ``dL/dA = dO V^T``. They are made for some queries at a time, so memory is linear in T_q and T_k. Raises ValueError
+    where the shapes, types or mask do not fit, and on values that are not finite.
+
+    >>> zeros, values = torch.zeros(1, 1, 2, 2), torch.eye(2)[None, None]  # A is 1, 0 and 0.5, 0.5, and dL/dA is dL/dO
+    >>> grad_out = torch.tensor([[1.0, 0.0], [1.0, -1.0]])[None, None]
+    >>> row = attention_energy(zeros, zeros, values, grad_out, is_causal=True).iloc[0]
+    >>> row[["r_diag", "r_offdiag", "r_cross", "cos_diag"]].map(float).tolist()
+    [0.25, 0.25, 0.5, 1.0]
+    """
+    call = _FusedCall(query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa)
+    _check_fused(call, grad_out)
+    return _figures(_fused_sums(call, grad_out), n_boot, seed)
+
+
 def _figures(sums: HeadSums, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
     """See ``head_energy``."""
     if not isinstance(n_boot, Integral) or n_boot < 1:
@@ -1547,16 +1580,47 @@ def _check_attention(attn: Tensor, grad: Tensor, visible: Tensor | None) -> Tens
         if attn.shape[-2] != attn.shape[-1]:
             raise ValueError(f"attn has shape {tuple(attn.shape)}: say which keys are visible, there is no causal mask")
         visible = torch.ones(attn.shape[-2:], dtype=torch.bool, device=attn.device).tril()
-    try:
-        fits = torch.broadcast_shapes(visible.shape, attn.shape) == attn.shape
-    except RuntimeError:
-        fits = False
-    if visible.dtype != torch.bool or not fits:
+    if visible.dtype != torch.bool or not _broadcasts(visible, attn.shape):
         raise ValueError(
             f"visible is {visible.dtype} {tuple(visible.shape)}: expected a boolean map that broadcasts to attn's "
             f"{tuple(attn.shape)}"
         )
     return visible.view(*(1,) * (4 - visible.dim()), *visible.shape)
+
+
+def _check_fused(call: _FusedCall, grad_out: Tensor) -> None:
+    """Refuse what cannot be an attention's inputs and the gradient at its output."""
+
+    def kind(x) -> str:
+        return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+
+    found = dict(zip(("query", "key", "value", "grad_out"), (*call[:3], grad_out), strict=True))
+    got = ", ".join(f"{name} {kind(x)}" for name, x in found.items())
+    if not all(isinstance(x, Tensor) and x.is_floating_point() and x.dim() == 4 and x.numel() for x in found.values()):
+        raise ValueError(
+            f"expected four floating-point torch tensors of four axes, none of them of length 0, got {got}"
+        )
+    if len({x.dtype for x in found.values()}) > 1:
+        raise ValueError(f"expected tensors of one type, got {got}")
+    (B, H, T_q, D), (_, H_kv, T_k, D_v) = call.query.shape, call.value.shape
+    for name, shape in {"key": (B, H_kv, T_k, D), "value": (B, H_kv, T_k, D_v), "grad_out": (B, H, T_q, D_v)}.items():
+        if found[name].shape != shape:
+            raise ValueError(f"{name} should have the shape {shape} to fit the others, got {got}")
+    if H % H_kv or not (call.enable_gqa or H_kv == H):
+        raise ValueError(f"expected key and value for {H} heads, or with enable_gqa for a divisor of it, got {H_kv}")
+    mask, pairs = torch.zeros(()) if call.attn_mask is None else call.attn_mask, (B, H, T_q, T_k)
+    added = isinstance(mask, Tensor) and (mask.dtype == torch.bool or mask.is_floating_point())
+    if not added or not _broadcasts(mask, pairs):
+        raise ValueError(
+            f"attn_mask is {kind(mask)}: expected a tensor, boolean or of scores, that broadcasts to {pairs}"
+        )
+
+
+def _broadcasts(x: Tensor, shape: tuple[int, ...]) -> bool:
+    try:
+        return torch.broadcast_shapes(x.shape, shape) == shape
+    except RuntimeError:
+        return False
 
 
 def energy_table(layers: Iterable[CapturedAttention], n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:

@@ -4,6 +4,7 @@ import math
 from contextlib import nullcontext
 from typing import NamedTuple
 
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import helpers
-from helpers import HeadSums, capture_attention, energy_table, head_sums, softmax_rule
+from helpers import HeadSums, attention_energy, capture_attention, energy_table, head_energy, head_sums, softmax_rule
 
 B, H, T, D = 2, 4, 7, 8
 INPUTS = ("query", "key", "value")
@@ -282,3 +283,59 @@ def test_at_a_length_of_2048_float32_is_right_to_a_millionth():
     assert tensors[0].shape[2] * tensors[1].shape[2] * H > 4 * helpers.TILE
     fused, maps = (captured(call, *tensors, maps=maps)[0].sums for maps in (False, True))
     assert_same(fused._replace(noise=maps.noise), maps, rtol=1e-6, atol=0)
+
+
+# --- for those who hold queries, keys, values and the output's gradient ----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in CALLS if CALLS[name].options.get("enable_gqa") or CALLS[name].n_kv == H]
+)
+def test_the_energy_of_an_attention_is_that_of_its_maps(name, tiled):
+    call = CALLS[name]
+    tensors = [x.detach() for x in call.tensors()]
+    table = attention_energy(*tensors, **call.options, n_boot=20, seed=3)
+    layer, _ = captured(call, *call.tensors(), maps=True)
+    pd.testing.assert_frame_equal(table, head_energy(layer.attn, layer.grad, layer.visible, n_boot=20, seed=3))
+
+
+def test_autocast_does_not_round_what_one_holds():
+    tensors = [x.detach() for x in CALLS["causal"].tensors(torch.float32)]
+    expected = attention_energy(*tensors, n_boot=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention_energy(*tensors, n_boot=1).equals(expected)
+
+
+X, HALF = torch.zeros(B, H, T, D), torch.zeros(B, H // 2, T, D)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"query": [[1.0]]}, "four floating-point torch tensors .* got query list, key torch.float32"),
+        ({"key": X.long()}, "four floating-point torch tensors .* key torch.int64"),
+        ({"value": X[0]}, "of four axes"),
+        ({"query": X[:, :, :0]}, "none of them of length 0"),
+        ({"grad_out": X.double()}, "of one type, .* grad_out torch.float64"),
+        ({"key": X[..., 1:]}, r"key should have the shape \(2, 4, 7, 8\) .* key torch.float32 \(2, 4, 7, 7\)"),
+        ({"key": X[:, :, 1:]}, "key should have the shape"),
+        ({"key": X[:1], "value": X[:1]}, "key should have the shape"),
+        ({"value": X[:1]}, "value should have the shape"),
+        ({"grad_out": X[..., 1:]}, "grad_out should have the shape"),
+        ({"grad_out": X.mT}, "grad_out should have the shape"),
+        ({"key": HALF, "value": HALF}, "for 4 heads, or with enable_gqa for a divisor of it, got 2"),
+        ({"key": X[:, 1:], "value": X[:, 1:], "enable_gqa": True}, "got 3"),
+        (
+            {"attn_mask": X[0, 0, :, :T].long()},
+            r"attn_mask is torch.int64 \(7, 7\): expected a tensor, boolean or of scores",
+        ),
+        ({"attn_mask": X[0, 0]}, r"attn_mask is torch.float32 \(7, 8\): .* broadcasts to \(2, 4, 7, 7\)"),
+        ({"attn_mask": [True]}, "attn_mask is list"),
+        ({"query": X * math.nan}, "not weights that sum to 1"),
+        ({"grad_out": X + math.inf}, "not finite"),
+        ({"n_boot": 0}, "n_boot=0"),
+    ],
+)
+def test_what_is_no_attention_is_refused(changes, reason):
+    with pytest.raises(ValueError, match=reason):
+        attention_energy(**dict.fromkeys(("query", "key", "value", "grad_out"), X) | changes)
