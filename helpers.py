@@ -920,7 +920,8 @@ class CapturedAttention:
             self._sums.append(head_sums(attn, grad, visible))
 
     def _arrived_at_output(self, call: _FusedCall, grad: Tensor, query, key, value, mask) -> None:
-        self._sums.append(_fused_sums(call._replace(query=query, key=key, value=value, attn_mask=mask), grad))
+        call = call._replace(query=query, key=key, value=value, attn_mask=mask)
+        self._sums.append(_sums_of(_tiles(call, grad)))
 
 
 class _Watched(torch.autograd.Function):
@@ -1087,10 +1088,14 @@ class _FusedCall(NamedTuple):
         return scores.masked_fill(~visible, -math.inf), visible
 
 
+TILE = 2**21  # pairs of a query and a key whose maps are made at once: 8 MB each in float32
+
+
 def _tiles(call: _FusedCall, grad_out: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Weights, their gradient and the visible keys, of so many queries at a time that ``TILE`` holds their maps.
 
-    Both maps follow from what a fused attention is given: ``A = softmax(scores)`` and ``dL/dA = dO V^T``.
+    Both maps follow from what a fused attention is given: ``A = softmax(scores)`` and ``dL/dA = dO V^T``. Weights end
+    where a causal mask hides all further keys, their gradient does not.
     """
     call = call.in_full()
     query, key, value, grad_out = (x.view(*(1,) * (4 - x.dim()), *x.shape) for x in (*call[:3], grad_out))
@@ -1099,9 +1104,10 @@ def _tiles(call: _FusedCall, grad_out: Tensor) -> Iterator[tuple[Tensor, Tensor,
     n = max(1, TILE // (B * H * key.shape[-2]))
     for start in range(0, T_q, n):
         rows = slice(start, start + n)
-        scores, visible = call.scores(rows)
-        visible = visible.view(*(1,) * (4 - visible.dim()), *visible.shape)
-        yield _softmax_or_nothing(scores), grad_out[:, :, rows].to(value) @ value.mT, visible
+        with torch.autocast(query.device.type, enabled=False):
+            scores, visible = call.scores(rows)
+            attn, grad = _softmax_or_nothing(scores), grad_out[:, :, rows].to(value) @ value.mT
+        yield attn, grad, visible.view(*(1,) * (4 - visible.dim()), *visible.shape)
 
 
 def _attention_step_by_step(*args, **kwargs) -> Tensor:
@@ -1359,16 +1365,6 @@ class _TileSums(NamedTuple):
         return _TileSums(sum(products), *sums, self.hidden + other.hidden, size, *made, self.n_keys)
 
 
-TILE = 2**21  # pairs of a query and a key whose maps are made at once: 8 MB each in float32
-
-
-@torch.no_grad()
-def _fused_sums(call: _FusedCall, grad_out: Tensor) -> HeadSums:
-    """``head_sums`` from a fused attention's inputs and the gradient at its output; memory is linear in the length."""
-    with torch.autocast(grad_out.device.type, enabled=False):
-        return _sums_of(_tiles(call, grad_out))
-
-
 @numba.njit(parallel=True, cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"})  # NaN and infinity count
 def _map_sums(attn, grad, visible):
     """One reading of the maps (B, H, T_q, T_k), a row at a time, in float64.
@@ -1499,8 +1495,8 @@ def attention_energy(
     sees keys 0 to i; scale: 1/sqrt(D) if not given; enable_gqa: H is a multiple of the heads of key and value.
 
     Both maps follow, as in FlashAttention's backward pass (Dao et al. 2022): ``A = softmax(scale Q K^T + mask)`` and
-    ``dL/dA = dO V^T``. They are made for some queries at a time, so memory is linear in T_q and T_k. Raises ValueError
-    where the shapes, types or mask do not fit, and on values that are not finite.
+    ``dL/dA = dO V^T``. They are made for some queries at a time, in float32 at least, so memory is linear in T_q and
+    T_k. Raises ValueError where the shapes, types or mask do not fit, and on values that are not finite.
 
     >>> zeros, values = torch.zeros(1, 1, 2, 2), torch.eye(2)[None, None]  # A is 1, 0 and 0.5, 0.5, and dL/dA is dL/dO
     >>> grad_out = torch.tensor([[1.0, 0.0], [1.0, -1.0]])[None, None]
@@ -1510,7 +1506,45 @@ def attention_energy(
     """
     call = _FusedCall(query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa)
     _check_fused(call, grad_out)
-    return _figures(_fused_sums(call, grad_out), n_boot, seed)
+    return _figures(_sums_of(_tiles(call, grad_out)), n_boot, seed)
+
+
+@torch.no_grad()
+def binned_energy(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad_out: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    bins: int = 64,
+) -> SoftmaxGradient:
+    """|f|^2, |d|^2 and |o|^2 summed over bins of queries and keys: maps of an attention that is too long to be shown.
+
+    Each is (B, H, bins, bins) in float64; the bins of an axis differ in length by one position at the most. See
+    ``attention_energy`` for the arguments; ValueError also on bins that are no integer from 1 to the shorter of T_q
+    and T_k.
+
+    >>> zeros, values = torch.zeros(1, 1, 2, 2), torch.eye(2)[None, None]
+    >>> grad_out = torch.tensor([[1.0, 0.0], [1.0, -1.0]])[None, None]
+    >>> binned_energy(zeros, zeros, values, grad_out, is_causal=True, bins=2).full.squeeze().tolist()
+    [[0.0, 0.0], [0.25, 0.25]]
+    """
+    call = _FusedCall(query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa)
+    _check_fused(call, grad_out)
+    B, H, T_q, T_k = *query.shape[:3], key.shape[2]
+    if not isinstance(bins, Integral) or not 1 <= bins <= min(T_q, T_k):
+        raise ValueError(f"bins={bins}: expected an integer from 1 to {min(T_q, T_k)}, the shorter of the two lengths")
+    of_query, of_key = (torch.arange(T, device=query.device) * bins // T for T in (T_q, T_k))
+    energies = SoftmaxGradient(*torch.zeros(3, B, H, bins, bins, dtype=torch.float64, device=query.device))
+    for attn, grad, _ in _tiles(call, grad_out):
+        (rows, of_query), keys = of_query.tensor_split([attn.shape[2]]), of_key[: attn.shape[3]]
+        for energy, part in zip(energies, split_softmax_gradient(attn, grad[..., : len(keys)]), strict=True):
+            by_key = energy.new_zeros(*part.shape[:3], bins).index_add_(3, keys, part.double().square())
+            energy.index_add_(2, rows, by_key)
+    return energies
 
 
 def _figures(sums: HeadSums, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:

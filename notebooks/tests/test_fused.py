@@ -14,10 +14,19 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import helpers
-from helpers import HeadSums, attention_energy, capture_attention, energy_table, head_energy, head_sums, softmax_rule
+from helpers import (
+    HeadSums,
+    attention_energy,
+    binned_energy,
+    capture_attention,
+    energy_table,
+    head_energy,
+    head_sums,
+    softmax_rule,
+    split_softmax_gradient,
+)
 
 B, H, T, D = 2, 4, 7, 8
-INPUTS = ("query", "key", "value")
 
 
 def randn(*shape, seed=0, dtype=torch.float64):
@@ -299,11 +308,25 @@ def test_the_energy_of_an_attention_is_that_of_its_maps(name, tiled):
     pd.testing.assert_frame_equal(table, head_energy(layer.attn, layer.grad, layer.visible, n_boot=20, seed=3))
 
 
+@pytest.mark.parametrize("bins", [1, 3, T])
+@pytest.mark.parametrize(
+    "name", ["causal, more keys", "causal, more queries", "causal groups, more keys", "bias and scale"]
+)
+def test_bins_hold_the_energies_of_their_queries_and_keys(name, bins, tiled):
+    call = CALLS[name]
+    found = binned_energy(*(x.detach() for x in call.tensors()), **call.options, bins=bins)
+    layer, _ = captured(call, *call.tensors(), maps=True)
+    of_query, of_key = (F.one_hot(torch.arange(length) * bins // length).double() for length in layer.attn.shape[-2:])
+    for energy, part in zip(found, split_softmax_gradient(layer.attn, layer.grad), strict=True):
+        torch.testing.assert_close(energy, of_query.T @ part.square() @ of_key)
+
+
 def test_autocast_does_not_round_what_one_holds():
     tensors = [x.detach() for x in CALLS["causal"].tensors(torch.float32)]
-    expected = attention_energy(*tensors, n_boot=1)
+    expected = attention_energy(*tensors, n_boot=1), binned_energy(*tensors, bins=2)
     with torch.autocast("cpu", torch.bfloat16):
-        assert attention_energy(*tensors, n_boot=1).equals(expected)
+        assert attention_energy(*tensors, n_boot=1).equals(expected[0])
+        assert all(map(torch.equal, binned_energy(*tensors, bins=2), expected[1]))
 
 
 X, HALF = torch.zeros(B, H, T, D), torch.zeros(B, H // 2, T, D)
@@ -339,3 +362,11 @@ X, HALF = torch.zeros(B, H, T, D), torch.zeros(B, H // 2, T, D)
 def test_what_is_no_attention_is_refused(changes, reason):
     with pytest.raises(ValueError, match=reason):
         attention_energy(**dict.fromkeys(("query", "key", "value", "grad_out"), X) | changes)
+
+
+@pytest.mark.parametrize("bins", [0, 8, 1.5])
+def test_what_cannot_be_binned_is_refused(bins):
+    with pytest.raises(ValueError, match=f"bins={bins}: expected an integer from 1 to 7"):
+        binned_energy(X, X, X, X, bins=bins)
+    with pytest.raises(ValueError, match="key should have the shape"):
+        binned_energy(X, X[1:], X, X)
