@@ -1171,8 +1171,11 @@ def capture_attention(model: nn.Module, maps: bool = False, only: str = "") -> I
     An attention is a softmax over keys that runs in one of the model's modules, by ``F.scaled_dot_product_attention``,
     ``nn.MultiheadAttention``, or any of PyTorch's softmax functions on scores (B, H, T_q, T_k); layers are named after
     the module and come in their order of use. Each keeps what ``energy_table`` needs of every backward pass inside the
-    block, or if ``maps`` the maps of the last one. ``only`` is a regular expression that the names are to match. The
-    weights and gradients are those of the pass itself, which is computed by the same formulas, step by step.
+    block, or if ``maps`` the maps of the last one. ``only`` is a regular expression that the names are to match.
+
+    Weights and gradients are those of the pass itself. Without ``maps`` and dropout, a fused attention stays fused, and
+    what the table needs follows from its inputs and the gradient at its output, see ``attention_energy``. For maps,
+    with dropout, and under a ``softmax_rule``, it is computed by the same formulas step by step instead.
 
     On leaving, also after an exception, the model and PyTorch are as they were; what was captured stays readable.
     Raises ValueError on a model that torch.compile has turned into a program, and RuntimeError on leaving if no
