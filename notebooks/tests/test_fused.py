@@ -370,3 +370,10 @@ def test_what_cannot_be_binned_is_refused(bins):
         binned_energy(X, X, X, X, bins=bins)
     with pytest.raises(ValueError, match="key should have the shape"):
         binned_energy(X, X[1:], X, X)
+
+
+@pytest.mark.parametrize("which", [0, T - 1])
+def test_a_query_that_is_no_number_is_found_in_any_tile(which, tiled):
+    query = X.index_fill(2, torch.tensor(which), math.nan)
+    with pytest.raises(ValueError, match="not weights that sum to 1"):
+        attention_energy(query, X, X, X)
