@@ -148,9 +148,10 @@ def test_half_precision_and_autocast_round_what_goes_in_alone(dtype, autocast, t
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1e20])
-def test_queries_without_a_gradient_say_nothing_about_its_precision(scale, tiled):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_queries_without_a_gradient_say_nothing_about_its_precision(dtype, scale, tiled):
     """As where the loss leaves tokens out: zeros fit every format, and the other queries' gradients do not."""
-    *tensors, grad_out = CALLS["causal"].tensors(torch.float32)
+    *tensors, grad_out = CALLS["causal"].tensors(dtype)
     grad_out[:, :, 1:4] = 0
     layer, _ = captured(CALLS["causal"], *tensors, scale * grad_out)
     assert energy_table([layer], n_boot=1)["defined"].all()
