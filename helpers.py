@@ -920,7 +920,8 @@ class CapturedAttention:
             self._sums.append(head_sums(attn, grad, visible))
 
     def _arrived_at_output(self, call: _FusedCall, grad: Tensor, query, key, value, mask) -> None:
-        self._sums.append(_fused_sums(call._replace(query=query, key=key, value=value, attn_mask=mask), grad))
+        call = call._replace(query=query, key=key, value=value, attn_mask=mask)
+        self._sums.append(_sums_of(_tiles(call, grad)))
 
 
 class _Watched(torch.autograd.Function):
@@ -1066,26 +1067,47 @@ class _FusedCall(NamedTuple):
         """As the kernels compute, which round their results alone to half precision; each query's head has its keys."""
         query, key, value = (x.float() if torch.finfo(x.dtype).bits < 32 else x for x in self[:3])
         if self.enable_gqa:
-            groups = query.shape[-3] // key.shape[-3]
-            key, value = (x.repeat_interleave(groups, dim=-3) for x in (key, value))
+            key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], dim=-3) for x in (key, value))
         scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
         return self._replace(query=query, key=key, value=value, scale=scale, enable_gqa=False)
 
     def scores(self, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """Of the queries in ``rows``, masked by ``-inf``, and which keys they see."""
-        query = self.query[..., rows, :]
-        scores = query @ self.key.mT * self.scale
+        """Of the queries in ``rows``, masked by ``-inf``, and which keys they see; causal ones up to the last seen."""
+        keys = slice(rows.stop if self.is_causal else None)
+        scores = self.query[..., rows, :] @ self.key[..., keys, :].mT * self.scale
         T_q, T_k = self.query.shape[-2], self.key.shape[-2]
         visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
         if self.is_causal:
-            visible = torch.arange(T_k, device=scores.device) <= torch.arange(T_q, device=scores.device)[rows, None]
+            visible = visible.tril(rows.start or 0)
         if self.attn_mask is not None:
-            mask = self.attn_mask.expand(*self.attn_mask.shape[:-2], T_q, T_k)[..., rows, :]
+            mask = self.attn_mask.expand(*self.attn_mask.shape[:-2], T_q, T_k)[..., rows, keys]
             if mask.dtype == torch.bool:
                 visible = visible & mask
             else:
                 scores, visible = scores + mask, visible & (mask > MASKED)
         return scores.masked_fill(~visible, -math.inf), visible
+
+
+TILE = 2**21  # pairs of a query and a key whose maps are made at once: 8 MB each in float32
+
+
+def _tiles(call: _FusedCall, grad_out: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Weights, their gradient and the visible keys, of so many queries at a time that ``TILE`` holds their maps.
+
+    Both maps follow from what a fused attention is given: ``A = softmax(scores)`` and ``dL/dA = dO V^T``. Weights end
+    where a causal mask hides all further keys, their gradient does not.
+    """
+    call = call.in_full()
+    query, key, value, grad_out = (x.view(*(1,) * (4 - x.dim()), *x.shape) for x in (*call[:3], grad_out))
+    call = call._replace(query=query, key=key, value=value)
+    B, H, T_q, _ = grad_out.shape
+    n = max(1, TILE // (B * H * key.shape[-2]))
+    for start in range(0, T_q, n):
+        rows = slice(start, start + n)
+        with torch.autocast(query.device.type, enabled=False):
+            scores, visible = call.scores(rows)
+            attn, grad = _softmax_or_nothing(scores), grad_out[:, :, rows].to(value) @ value.mT
+        yield attn, grad, visible.view(*(1,) * (4 - visible.dim()), *visible.shape)
 
 
 def _attention_step_by_step(*args, **kwargs) -> Tensor:
@@ -1149,8 +1171,11 @@ def capture_attention(model: nn.Module, maps: bool = False, only: str = "") -> I
     An attention is a softmax over keys that runs in one of the model's modules, by ``F.scaled_dot_product_attention``,
     ``nn.MultiheadAttention``, or any of PyTorch's softmax functions on scores (B, H, T_q, T_k); layers are named after
     the module and come in their order of use. Each keeps what ``energy_table`` needs of every backward pass inside the
-    block, or if ``maps`` the maps of the last one. ``only`` is a regular expression that the names are to match. The
-    weights and gradients are those of the pass itself, which is computed by the same formulas, step by step.
+    block, or if ``maps`` the maps of the last one. ``only`` is a regular expression that the names are to match.
+
+    Weights and gradients are those of the pass itself. Without ``maps`` and dropout, a fused attention stays fused, and
+    what the table needs follows from its inputs and the gradient at its output, see ``attention_energy``. For maps,
+    with dropout, and under a ``softmax_rule``, it is computed by the same formulas step by step instead.
 
     On leaving, also after an exception, the model and PyTorch are as they were; what was captured stays readable.
     Raises ValueError on a model that torch.compile has turned into a program, and RuntimeError on leaving if no
@@ -1269,89 +1294,87 @@ class HeadSums(NamedTuple):
     @classmethod
     def of_all(cls, parts: Iterable[HeadSums]) -> HeadSums:
         """Those of the sequences of all ``parts``."""
-        return cls._together(parts, torch.cat)
-
-    @classmethod
-    def of_rows(cls, parts: Iterable[HeadSums]) -> HeadSums:
-        """Those of sequences of which each of ``parts`` has some queries, and all of their keys."""
-        return cls._together(parts, lambda values: torch.stack(values).sum(0))
-
-    @classmethod
-    def _together(cls, parts: Iterable[HeadSums], join: Callable[[list[Tensor]], Tensor]) -> HeadSums:
         parts = list(parts)
         size = torch.stack([part.size for part in parts]).amax(0)
         scales = [(part.size / size).square() for part in parts]
         return cls(
-            join([part.products * scale[:, None] for part, scale in zip(parts, scales, strict=True)]),
-            join([part.noise * scale for part, scale in zip(parts, scales, strict=True)]),
-            join([part.shapes for part in parts]),
-            join([part.counts for part in parts]),
+            torch.cat([part.products * scale[:, None] for part, scale in zip(parts, scales, strict=True)]),
+            torch.cat([part.noise * scale for part, scale in zip(parts, scales, strict=True)]),
+            torch.cat([part.shapes for part in parts]),
+            torch.cat([part.counts for part in parts]),
             size,
         )
 
 
-@torch.no_grad()
 def head_sums(attn: Tensor, grad: Tensor, visible: Tensor | None = None) -> HeadSums:
     """The sums over (query, key) pairs that ``head_energy``, which see, takes its figures from."""
-    visible = _check_attention(attn, grad, visible)
-    (u_a, step_a), (u_g, step_g) = _precision(attn), _precision(grad)
-    # the squares of a float32 fit a float64; for those of a float64 the unit is the head's largest gradient
-    size = torch.ones(attn.shape[1], dtype=torch.float64)
-    if grad.dtype == torch.float64:
-        largest = grad.abs().amax((0, 2, 3)).cpu()
-        size = largest.where(largest > 0, size)
-        grad = grad / size.to(grad.device)[:, None, None]
-    attn, grad = ((x if x.dtype == torch.float64 else x.float()).cpu().contiguous() for x in (attn, grad))
-    seen = visible.expand(*visible.shape[:3], attn.shape[-1]).cpu().contiguous().view(torch.uint8)
-    sums = _map_sums(attn.numpy(), grad.numpy(), seen.numpy())
-    products, shapes, counts, off, hidden = map(torch.from_numpy, sums)
-    off = off.max().item()
+    return _sums_of([(attn, grad, _check_attention(attn, grad, visible))])
+
+
+@torch.no_grad()
+def _sums_of(tiles: Iterable[tuple[Tensor, Tensor, Tensor]]) -> HeadSums:
+    """``head_sums`` of maps that come in tiles (attn, grad, visible), of some queries and all their keys each."""
+    total = functools.reduce(_TileSums.plus, (_TileSums.of(*tile) for tile in tiles))
+    (u_a, step_a), (u_g, step_g) = _precision(total.made_attn), _precision(total.made_grad)
+    off = total.off.max().item()
     if not off <= max(1e-3, 2 * u_a):  # written so that NaN fails too
         raise ValueError("the rows of attn are not weights that sum to 1: the split is that of a softmax")
-    if hidden.any():
+    if total.hidden.any():
         raise ValueError("attn is not zero on masked keys: pass the map of visible keys that the model used")
-    if not products.isfinite().all():
+    if not total.products.isfinite().all():
         raise ValueError("grad holds values that are not finite")
-    ff, dd, ee = products[..., 0], products[..., 1], products[..., 3]
+    ff, dd, ee = total.products[..., 0], total.products[..., 1], total.products[..., 3]
 
     # What rounding makes of f = J g: relative errors u of g give u^2 sum_k |J's column k|^2 g_k^2 <= 2 u^2 |d|^2, those
     # of a, whose rows sum to 1, 2 u^2 |f|^2. Near zero errors are absolute, a format's step. float64 adds its own.
     u = max(off, u_a, u_g)  # rounding moves a sum of 1 by its relative error at the most
-    n_keys = attn.shape[-1]
-    noise = 2 * u**2 * (dd + ff) + (step_a**2 + EPS64**2) * ee + n_keys / 8 * (step_g / size) ** 2
-    return HeadSums(products, noise, shapes, counts, size)
+    noise = 2 * u**2 * (dd + ff) + (step_a**2 + EPS64**2) * ee + total.n_keys / 8 * (step_g / total.size) ** 2
+    return HeadSums(total.products, noise, total.shapes, total.counts, total.size)
 
 
-TILE = 2**21  # pairs of a query and a key whose maps are made at once: 8 MB each in float32
+class _TileSums(NamedTuple):
+    """What ``_map_sums`` returns for some queries, in units of ``size``, and what tells of its precision."""
 
+    products: Tensor
+    shapes: Tensor
+    counts: Tensor
+    off: Tensor
+    hidden: Tensor
+    size: Tensor
+    made_attn: set[torch.dtype]
+    made_grad: set[torch.dtype]
+    n_keys: int
 
-@torch.no_grad()
-def _fused_sums(call: _FusedCall, grad_out: Tensor) -> HeadSums:
-    """``head_sums`` from a fused attention's inputs and the gradient at its output, a tile of queries at a time.
+    @classmethod
+    def of(cls, attn: Tensor, grad: Tensor, visible: Tensor) -> _TileSums:
+        made = _formats(attn), _formats(grad)
+        # the squares of a float32 fit a float64; for those of a float64 the unit is the head's largest gradient
+        size = torch.ones(attn.shape[1], dtype=torch.float64)
+        if grad.dtype == torch.float64:
+            largest = grad.abs().amax((0, 2, 3)).cpu()
+            size = largest.where(largest > 0, size)
+            grad = grad / size.to(grad.device)[:, None, None]
+        attn, grad = ((x if x.dtype == torch.float64 else x.float()).cpu().contiguous() for x in (attn, grad))
+        seen = visible.expand(*visible.shape[:3], attn.shape[-1]).cpu().contiguous().view(torch.uint8)
+        sums = _map_sums(attn.numpy(), grad.numpy(), seen.numpy())
+        return cls(*map(torch.from_numpy, sums), size, *made, grad.shape[-1])
 
-    Both maps follow from them: ``A = softmax(scores)`` and ``dL/dA = dO V^T``; memory is linear in the length.
-    """
-    with torch.autocast(grad_out.device.type, enabled=False):
-        call = call.in_full()
-        query, key, value, grad_out = (x.view(*(1,) * (4 - x.dim()), *x.shape) for x in (*call[:3], grad_out))
-        call = call._replace(query=query, key=key, value=value)
-        B, H, T_q, _ = query.shape
-        n = max(1, TILE // (B * H * key.shape[2]))
-        parts = []
-        for start in range(0, T_q, n):
-            rows = slice(start, start + n)
-            scores, visible = call.scores(rows)
-            parts.append(head_sums(_softmax_or_nothing(scores), grad_out[:, :, rows].to(value) @ value.mT, visible))
-        return HeadSums.of_rows(parts)
+    def plus(self, other: _TileSums) -> _TileSums:
+        """Those of the queries of both: of many tiles one by one, as small things kept would break up the memory."""
+        size = torch.maximum(self.size, other.size)
+        products = [part.products * (part.size / size).square()[:, None] for part in (self, other)]
+        made = self.made_attn & other.made_attn, self.made_grad & other.made_grad
+        sums = self.shapes + other.shapes, self.counts + other.counts, torch.maximum(self.off, other.off)
+        return _TileSums(sum(products), *sums, self.hidden + other.hidden, size, *made, self.n_keys)
 
 
 @numba.njit(parallel=True, cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"})  # NaN and infinity count
 def _map_sums(attn, grad, visible):
     """One reading of the maps (B, H, T_q, T_k), a row at a time, in float64.
 
-    visible: 0 or 1, (B or 1, H or 1, T_q or 1, T_k). Returns, by sequence and head, the inner products of
-    ``head_energy`` and its shapes, how far a row is from weights that sum to 1 at the most, and the weights on masked
-    keys.
+    visible: 0 or 1, (B or 1, H or 1, T_q or 1, T_k). It may end before grad does, and attn with it: from there on all
+    keys are masked. Returns, by sequence and head, the inner products of ``head_energy`` and its shapes, how far a row
+    is from weights that sum to 1 at the most, and the weights on masked keys.
     """
     B, H, T_q, T_k = attn.shape
     products, shapes, counts = np.zeros((B, H, 6)), np.zeros((B, H, 3)), np.zeros((B, H, 3))
@@ -1373,6 +1396,8 @@ def _map_sums(attn, grad, visible):
                 n_seen += seen[j]
                 end = max(end, (j + 1) * seen[j])
                 top = max(top, np.float64(a_j).view(np.int64))  # as bits, of which a maximum is fast
+            for j in range(T_k, len(g)):
+                gg += np.float64(g[j]) * np.float64(g[j])
             wrong = abs(row - min(n_seen, 1)) + (sizes - row)
             if wrong > off[b, h] or np.isnan(wrong):  # once NaN, always
                 off[b, h] = wrong
@@ -1453,6 +1478,78 @@ def head_energy(
     return _figures(head_sums(attn, grad, visible), n_boot, seed)
 
 
+def attention_energy(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad_out: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    n_boot: int = 1000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """``head_energy`` of an attention whose maps nobody has made, one row a head.
+
+    query: (B, H, T_q, D); key: (B, H, T_k, D); value: (B, H, T_k, D_v); grad_out: dL/dO (B, H, T_q, D_v), the gradient
+    at the output; all of one type. The others are what ``F.scaled_dot_product_attention`` was called with: attn_mask,
+    boolean (True: is seen) or added to the scores, of a shape that broadcasts to (B, H, T_q, T_k); is_causal: query i
+    sees keys 0 to i; scale: 1/sqrt(D) if not given; enable_gqa: H is a multiple of the heads of key and value.
+
+    Both maps follow, as in FlashAttention's backward pass (Dao et al. 2022): ``A = softmax(scale Q K^T + mask)`` and
+    ``dL/dA = dO V^T``. They are made for some queries at a time, in float32 at least, so memory is linear in T_q and
+    T_k. Raises ValueError where the shapes, types or mask do not fit, and on values that are not finite.
+
+    >>> zeros, values = torch.zeros(1, 1, 2, 2), torch.eye(2)[None, None]  # A is 1, 0 and 0.5, 0.5, and dL/dA is dL/dO
+    >>> grad_out = torch.tensor([[1.0, 0.0], [1.0, -1.0]])[None, None]
+    >>> row = attention_energy(zeros, zeros, values, grad_out, is_causal=True).iloc[0]
+    >>> row[["r_diag", "r_offdiag", "r_cross", "cos_diag"]].map(float).tolist()
+    [0.25, 0.25, 0.5, 1.0]
+    """
+    call = _FusedCall(query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa)
+    _check_fused(call, grad_out)
+    return _figures(_sums_of(_tiles(call, grad_out)), n_boot, seed)
+
+
+@torch.no_grad()
+def binned_energy(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad_out: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    bins: int = 64,
+) -> SoftmaxGradient:
+    """|f|^2, |d|^2 and |o|^2 summed over bins of queries and keys: maps of an attention that is too long to be shown.
+
+    Each is (B, H, bins, bins) in float64; the bins of an axis differ in length by one position at the most. See
+    ``attention_energy`` for the arguments; ValueError also on bins that are no integer from 1 to the shorter of T_q
+    and T_k.
+
+    >>> zeros, values = torch.zeros(1, 1, 2, 2), torch.eye(2)[None, None]
+    >>> grad_out = torch.tensor([[1.0, 0.0], [1.0, -1.0]])[None, None]
+    >>> binned_energy(zeros, zeros, values, grad_out, is_causal=True, bins=2).full.squeeze().tolist()
+    [[0.0, 0.0], [0.25, 0.25]]
+    """
+    call = _FusedCall(query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa)
+    _check_fused(call, grad_out)
+    B, H, T_q, T_k = *query.shape[:3], key.shape[2]
+    if not isinstance(bins, Integral) or not 1 <= bins <= min(T_q, T_k):
+        raise ValueError(f"bins={bins}: expected an integer from 1 to {min(T_q, T_k)}, the shorter of the two lengths")
+    of_query, of_key = (torch.arange(T, device=query.device) * bins // T for T in (T_q, T_k))
+    energies = SoftmaxGradient(*torch.zeros(3, B, H, bins, bins, dtype=torch.float64, device=query.device))
+    for attn, grad, _ in _tiles(call, grad_out):
+        (rows, of_query), keys = of_query.tensor_split([attn.shape[2]]), of_key[: attn.shape[3]]
+        for energy, part in zip(energies, split_softmax_gradient(attn, grad[..., : len(keys)]), strict=True):
+            by_key = energy.new_zeros(*part.shape[:3], bins).index_add_(3, keys, part.double().square())
+            energy.index_add_(2, rows, by_key)
+    return energies
+
+
 def _figures(sums: HeadSums, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
     """See ``head_energy``."""
     if not isinstance(n_boot, Integral) or n_boot < 1:
@@ -1490,18 +1587,21 @@ def _figures(sums: HeadSums, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def _precision(values: Tensor) -> tuple[float, float]:
-    """The precision in which ``values`` were made: relative rounding error, and the smallest step near zero.
-
-    That of the coarsest formats which hold all of them exactly: a float32 now may have been made in half precision.
-    """
+def _formats(values: Tensor) -> set[torch.dtype]:
+    """In which ``values`` may have been made, as they hold all of them: a float32 may be a half precision's."""
     # the last query first: it is nearly always enough to exclude a format
-    holds = [torch.finfo(values.dtype)]
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        coarser = torch.finfo(dtype).bits < holds[0].bits
-        if coarser and all((part.to(dtype) == part).all() for part in (values[:, :, -1], values)):
-            holds.append(torch.finfo(dtype))
-    return max(made.eps / 2 for made in holds), max(made.smallest_normal * made.eps for made in holds)
+    return {values.dtype} | {
+        dtype
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+        if torch.finfo(dtype).bits < torch.finfo(values.dtype).bits
+        and all((part.to(dtype) == part).all() for part in (values[:, :, -1], values))
+    }
+
+
+def _precision(formats: set[torch.dtype]) -> tuple[float, float]:
+    """Of the coarsest of them: its relative rounding error, and its smallest step near zero."""
+    made = [torch.finfo(dtype) for dtype in formats]
+    return max(each.eps / 2 for each in made), max(each.smallest_normal * each.eps for each in made)
 
 
 def _check_attention(attn: Tensor, grad: Tensor, visible: Tensor | None) -> Tensor:
@@ -1517,16 +1617,47 @@ def _check_attention(attn: Tensor, grad: Tensor, visible: Tensor | None) -> Tens
         if attn.shape[-2] != attn.shape[-1]:
             raise ValueError(f"attn has shape {tuple(attn.shape)}: say which keys are visible, there is no causal mask")
         visible = torch.ones(attn.shape[-2:], dtype=torch.bool, device=attn.device).tril()
-    try:
-        fits = torch.broadcast_shapes(visible.shape, attn.shape) == attn.shape
-    except RuntimeError:
-        fits = False
-    if visible.dtype != torch.bool or not fits:
+    if visible.dtype != torch.bool or not _broadcasts(visible, attn.shape):
         raise ValueError(
             f"visible is {visible.dtype} {tuple(visible.shape)}: expected a boolean map that broadcasts to attn's "
             f"{tuple(attn.shape)}"
         )
     return visible.view(*(1,) * (4 - visible.dim()), *visible.shape)
+
+
+def _check_fused(call: _FusedCall, grad_out: Tensor) -> None:
+    """Refuse what cannot be an attention's inputs and the gradient at its output."""
+
+    def kind(x) -> str:
+        return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+
+    found = dict(zip(("query", "key", "value", "grad_out"), (*call[:3], grad_out), strict=True))
+    got = ", ".join(f"{name} {kind(x)}" for name, x in found.items())
+    if not all(isinstance(x, Tensor) and x.is_floating_point() and x.dim() == 4 and x.numel() for x in found.values()):
+        raise ValueError(
+            f"expected four floating-point torch tensors of four axes, none of them of length 0, got {got}"
+        )
+    if len({x.dtype for x in found.values()}) > 1:
+        raise ValueError(f"expected tensors of one type, got {got}")
+    (B, H, T_q, D), (_, H_kv, T_k, D_v) = call.query.shape, call.value.shape
+    for name, shape in {"key": (B, H_kv, T_k, D), "value": (B, H_kv, T_k, D_v), "grad_out": (B, H, T_q, D_v)}.items():
+        if found[name].shape != shape:
+            raise ValueError(f"{name} should have the shape {shape} to fit the others, got {got}")
+    if H % H_kv or not (call.enable_gqa or H_kv == H):
+        raise ValueError(f"expected key and value for {H} heads, or with enable_gqa for a divisor of it, got {H_kv}")
+    mask, pairs = torch.zeros(()) if call.attn_mask is None else call.attn_mask, (B, H, T_q, T_k)
+    added = isinstance(mask, Tensor) and (mask.dtype == torch.bool or mask.is_floating_point())
+    if not added or not _broadcasts(mask, pairs):
+        raise ValueError(
+            f"attn_mask is {kind(mask)}: expected a tensor, boolean or of scores, that broadcasts to {pairs}"
+        )
+
+
+def _broadcasts(x: Tensor, shape: tuple[int, ...]) -> bool:
+    try:
+        return torch.broadcast_shapes(x.shape, shape) == shape
+    except RuntimeError:
+        return False
 
 
 def energy_table(layers: Iterable[CapturedAttention], n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
