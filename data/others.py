@@ -7,9 +7,9 @@
 
 ``rxnmapper`` (Schwaller et al. 2021; MIT licence) holds an ALBERT that has read chemical reactions, ``sapiens``
 (Prihoda et al. 2022; MIT licence) a RoBERTa that has read human antibodies. Their wheels are fetched by pip, checked by
-hash and only read: nothing of them is installed or run. The reactions are from US patents (Lowe), as the Open Reaction Database
-has them (Kearnes et al. 2021; CC BY-SA 4.0), in the wheel ``orderly`` (Wigh et al. 2024); the antibodies are from the
-wheel ``abnativ`` (Ramon et al. 2024; CC BY-NC-SA 4.0: fetched, and not in this repository).
+hash and only read: nothing of them is installed or run. The reactions are from US patents (Lowe 2012), as the Open
+Reaction Database has them (Kearnes et al. 2021; CC BY-SA 4.0), in the wheel ``orderly`` (Wigh et al. 2024; MIT licence);
+the antibodies from the wheel ``abnativ`` (Ramon et al. 2024; CC BY-NC-SA 4.0): fetched, and not in this repository.
 """
 
 import argparse
@@ -320,8 +320,8 @@ def make_reactions(seed: int = 0) -> pd.DataFrame:
 
     One row a reaction: its ``patent``; ``part``, measured or tuning; ``reaction``, in RDKit's canonical form;
     ``rewritten``, the same with every molecule begun at another atom (Bjerrum 2017). And for the measured ones, where
-    the product's atoms come from, as the data set says: ``reactant_atoms``, a number for each atom left of ``>>``, one
-    number for atoms that symmetry makes the same, and ``product_atoms``, for each to the right the number of its origin.
+    the product's atoms come from, as the data set says: ``reactant_atoms``, a number for each atom left of ``>>``, the
+    same for atoms that symmetry makes the same, and ``product_atoms``, for each to the right that of its origin.
     """
     from rdkit import Chem, RDLogger  # pip install rdkit; only this function needs it
 
@@ -367,6 +367,23 @@ def make_reactions(seed: int = 0) -> pd.DataFrame:
     table.loc[table["part"] == "tuning", ["reactant_atoms", "product_atoms"]] = ""
     print(f"{len(table)} of {len(rows)} different reactions", file=sys.stderr)
     return table
+
+
+def atom_maps(trained: Trained, reaction: pd.Series) -> tuple[Tensor, Tensor]:
+    """What each atom of the product sees among those of the reactants, and which of them it was, by the data set.
+
+    For a measured row of ``reactions()``: the weights (L, H, P, R) from P product atoms to R reactant atoms, and a
+    boolean map (P, R). Several reactant atoms are true where symmetry makes them the same.
+    """
+    tokens = trained.vocabulary.split(reaction["reaction"])
+    atoms = torch.tensor([bool(re.match(r"\[|[A-Za-z]", token)) for token in tokens])
+    product = torch.arange(len(tokens)) > tokens.index(">>")
+    before, after = ((atoms & side).nonzero().flatten() + 1 for side in (~product, product))  # + 1: the first token
+    with torch.no_grad(), capture_attention(trained.model, maps=True) as layers:
+        trained.model(trained.vocabulary.encode(reaction["reaction"])[None])
+    weights = torch.cat([layer.attn for layer in layers])[:, :, after][..., before]
+    left, right = (torch.tensor([*map(int, reaction[f"{side}_atoms"].split())]) for side in ("reactant", "product"))
+    return weights, right[:, None] == left
 
 
 def _patents() -> Iterator[tuple[str, str]]:
