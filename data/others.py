@@ -6,8 +6,8 @@
 ``rxnmapper`` (Schwaller et al. 2021; MIT licence) holds an ALBERT that has read chemical reactions, ``sapiens``
 (Prihoda et al. 2022; MIT licence) a RoBERTa that has read human antibodies. Their wheels are fetched by pip, checked by
 hash and only read: nothing of them is installed or run. The reactions are from US patents (Lowe 2012), as the Open
-Reaction Database has them (Kearnes et al. 2021; CC BY-SA 4.0), in the wheel ``orderly`` (Wigh et al. 2024; MIT),
-the antibodies from the wheel ``abnativ`` (Ramon et al. 2024; CC BY-NC-SA 4.0): fetched, and not in this repository.
+Reaction Database has them (CC BY-SA 4.0), in the wheel ``orderly`` (Wigh et al. 2024; MIT licence). The antibodies are
+from the wheel ``abnativ`` (Ramon et al. 2024; CC BY-NC-SA 4.0): fetched, and not in this repository.
 """
 
 import argparse
@@ -314,7 +314,7 @@ def make_reactions(seed: int = 0) -> pd.DataFrame:
     """Reactions of US patents, as the authors of rxnmapper write them: all that goes in, ``>>``, and the product.
 
     One row a reaction: its ``patent``; ``part``, measured or tuning; ``reaction``, in RDKit's canonical form;
-    ``rewritten``, the same with every molecule begun at another atom (Bjerrum 2017). And for the measured ones, where
+    ``rewritten``, the same with every molecule begun at another atom. And for the measured ones, where
     the product's atoms come from, as the data set says: ``reactant_atoms``, a number for each atom left of ``>>``, the
     same for atoms that symmetry makes the same, and ``product_atoms``, for each to the right that of its origin.
     """
