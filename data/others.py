@@ -255,8 +255,9 @@ class Batch(NamedTuple):
 def masked(sequences: list[Tensor], mask: int, size: int, generator: torch.Generator) -> list[Batch]:
     """Batches of up to ``size`` ``sequences`` (T,) of one length, in random order, each with its share of masks.
 
-    >>> masked([torch.arange(4), torch.arange(4)], 9, 2, torch.Generator().manual_seed(0))[0].ids.tolist()
-    [[0, 1, 9, 3], [0, 1, 9, 3]]
+    >>> (batch,) = masked([torch.arange(22), torch.arange(22)], 99, 2, torch.Generator().manual_seed(0))
+    >>> batch.ids.shape, (batch.ids == 99).sum(1).tolist()
+    (torch.Size([2, 22]), [3, 3])
     """
     by_length = defaultdict(list)
     for i in torch.randperm(len(sequences), generator=generator):
