@@ -116,6 +116,9 @@ def test_masks_hide_the_same_share_of_every_sequence_and_never_its_ends():
         assert (hidden.sum(1) == {7: 1, 22: 3, 42: 6}[ids.shape[1]]).all()
         whole = torch.where(hidden, targets, ids)
         assert (whole == torch.arange(100, 100 + ids.shape[1])).all()
+    for seed in range(20):
+        for ids, _ in masked(sequences, 5, 2, torch.Generator().manual_seed(seed)):
+            assert (ids[:, 0] == 100).all() and (ids[:, -1] == 99 + ids.shape[1]).all()
     again, other = (masked(sequences, 5, 2, torch.Generator().manual_seed(seed)) for seed in (3, 4))
     assert all(torch.equal(a.ids, b.ids) for a, b in zip(made, again, strict=True))
     assert not all(a.ids.shape == b.ids.shape and torch.equal(a.ids, b.ids) for a, b in zip(made, other, strict=True))
