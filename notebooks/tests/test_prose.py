@@ -43,6 +43,7 @@ UNREAD = [
         r"\b(?:19|20)\d\d\b",  # a year
         r"\d+ – \d+",  # minutes in a timetable
         r"SHA-256",
+        r"CC BY[-A-Z]* \d\.\d",  # a licence
         r"95 % (?=(?:bootstrap )?interval|of the results)",  # the level of all intervals
     )
 ]
