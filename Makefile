@@ -10,6 +10,7 @@ TEXT_READY := report/.work/corpus.txt
 NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb)) notebooks/index.ipynb
 EXECUTED := $(NOTEBOOKS:notebooks/%=$(SITE)/%)
 PAGES := $(wildcard notebooks/*.md)
+OTHERS := data/others.py data/finetune.py data/reactions.csv data/antibodies.csv data/finetuning.csv
 SPHINX := $(PY) -m sphinx -q -W --keep-going -E -c notebooks
 
 .PHONY: help report pages test test-all test-report mutants lab sweep bench notebooks setup installed lint clean FORCE
@@ -95,7 +96,8 @@ $(TEXT_READY): .venv/.ready FORCE
 	@cat $@.new
 	@cmp -s $@.new $@ || mv $@.new $@
 
-$(SITE)/%.ipynb: notebooks/%.ipynb notebooks/exercises.py helpers.py model_local.py data/results.csv data/second_edition.csv data/sweep.py .venv/.ready $(TEXT_READY)
+$(SITE)/%.ipynb: notebooks/%.ipynb notebooks/exercises.py helpers.py model_local.py data/results.csv data/second_edition.csv data/sweep.py \
+    $(OTHERS) .venv/.ready $(TEXT_READY)
 	@mkdir -p $(@D)
 	@$(PY) notebooks/execute.py $< --output-dir $(@D) > $(@:.ipynb=.time)
 	@cat $(@:.ipynb=.time)

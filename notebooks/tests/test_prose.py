@@ -38,11 +38,12 @@ UNREAD = [
         FORMULA,  # but see ``is_read``
         r"^#+ \d+|^\s*\d+\. ",  # the number of a page, of a section, in a list
         r"(?:[Ss]ections?|[Ee]xercises?|Figures?|[Pp]lan|Python) \d(?:\.?\d)?(?: (?:and|to) \d(?:\.?\d)?)?",
-        r"[Hh]ead \d\.\d\b",  # layer and head
+        r"[Hh]ead \d+\.\d\b",  # layer and head
         r"(?<![\d.])0\d\b(?!\.)|\[90\b",  # a page
         r"\b(?:19|20)\d\d\b",  # a year
         r"\d+ – \d+",  # minutes in a timetable
         r"SHA-256",
+        r"CC BY[-A-Z]* \d\.\d",  # a licence
         r"95 % (?=(?:bootstrap )?interval|of the results)",  # the level of all intervals
     )
 ]
