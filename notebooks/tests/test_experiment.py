@@ -26,6 +26,7 @@ from helpers import (
     best_settings,
     harm,
     harm_table,
+    headline_table,
     judged,
     load_results,
     plot_harm,
@@ -352,6 +353,8 @@ def test_a_rule_that_is_not_tuned_can_be_judged_at_the_rate_of_full():
     assert row["harm"] == harm([2.9, 2.91], [2.0, 2.1], [3.0, 3.1]).harm and row["lr_tried"] == ""
     for at in ("own", "rule"):
         assert harm_table(results, at).set_index("rule").loc["ste", "verdict"] == "missing"
+    assert headline_table(results).set_index("rule").loc["ste"].equals(row)
+    pd.testing.assert_frame_equal(headline_table(RATES), harm_table(RATES))  # tuned, it stands at its own rate
 
 
 def test_losses_are_paired_by_the_seeds_that_all_three_have():
