@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers import RecallTask, symptoms, train
-from model_local import PROBES, SOFTMAX_BACKWARD, LocalGPT, LocalGPTConfig
+from model_local import PROBES, SOFTMAX_BACKWARD, LocalGPT, LocalGPTConfig, as_noise
 
 B, H, T = 3, 2, 6
 CONFIG = LocalGPTConfig(block_size=T + 1, vocab_size=5, n_layer=1, n_head=H, n_embd=8, method="bp")
@@ -73,6 +73,9 @@ def test_a_message_told_in_few_bits_late_or_with_noise(base, exact):
     assert ratio.min() >= 2**-0.5 - 1e-6 and ratio.max() <= 2**0.5 + 1e-6
     factors = (noisy / m)[m.abs() > 1e-9]
     assert factors.std() > 0.3 and factors.unique().numel() == factors.numel(), "each query draws its own"
+    same, fresh = (as_noise(m, weights, None) for weights in (a, maps(1)[0]))
+    torch.testing.assert_close(same, noisy, msg="the same map draws the same again")
+    assert (fresh / m - noisy / m)[m.abs() > 1e-9].abs().min() > 0, "another map, in the next iteration, draws anew"
     memory = torch.randn(H, T + 1, 1, dtype=torch.float64)
     torch.testing.assert_close(told("as_remembered", memory=memory), memory[:, :T].expand(B, H, T, 1))
     learnt = PROBES[f"{base}_as_remembered"].learn(memory, a, g, VISIBLE)
