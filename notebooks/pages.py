@@ -1,0 +1,236 @@
+"""What Sphinx does to the report's pages beyond its theme: a local extension, see conf.py."""
+
+import ast
+import base64
+import html
+import io
+import logging
+import re
+import shutil
+from importlib.util import find_spec
+from itertools import takewhile
+from pathlib import Path
+from urllib.parse import urljoin
+
+import nbformat
+from docutils import nodes
+from fontTools import subset
+from scour import scour
+from sphinx.errors import ExtensionError
+
+HERE = Path(__file__).parent
+FACES = {("normal", 400): "Regular", ("italic", 400): "It", ("normal", 600): "Semibold", ("italic", 600): "SemiboldIt"}
+# Latin letters for names, punctuation, arrows, and the minus and the comparisons of running text
+LETTERS = [*range(0x20, 0x17F), *range(0x2010, 0x2034), *range(0x2190, 0x2194), 0x2212, 0x2248, 0x2260, 0x2264, 0x2265]
+EXPLAINED = re.compile(r"\b(glossary|references)\b[^#]*#([^#]+)$")  # links to these are explained on the spot
+
+
+def package(name: str) -> Path:
+    return Path(find_spec(name).origin).parent  # not imported: some names have hyphens
+
+
+# ---- files beside the pages ----
+
+
+def font_face(file: Path, style: str, weight: int) -> str:
+    """A rule of CSS with the font in it. Its licence wants another name for what is only a part of it."""
+    options = subset.Options(flavor="woff", name_IDs=[0, 13, 14], hinting=False)
+    font = subset.load_font(file, options)
+    part = subset.Subsetter(options)
+    part.populate(unicodes=LETTERS)
+    part.subset(font)
+    stored = io.BytesIO()
+    subset.save_font(font, stored, options)
+    address = f"data:font/woff;base64,{base64.b64encode(stored.getvalue()).decode()}"
+    return (
+        f'@font-face {{ font-family: "Report Serif"; font-style: {style}; font-weight: {weight}; font-display: swap; '
+        f'src: url({address}) format("woff") }}\n'
+    )
+
+
+def add_assets(app):
+    """Copy what comes out of packages or was made by a notebook; the rest is in _static."""
+    explorer = HERE.parent / "data" / "explorer.js"
+    if not explorer.exists():
+        raise ExtensionError(f"{explorer} is missing, which 07_explore writes: make clean report")
+    # MathJax's package would copy all of its 15 MB.
+    mathjax = package("sphinx-mathjax-offline") / "static" / "mathjax"
+    bokeh = package("bokeh") / "server" / "static" / "js"
+    fonts = package("font_source_serif_pro") / "files"
+    static = Path(app.outdir, "_static")
+    static.mkdir(parents=True, exist_ok=True)
+    for script in (mathjax / "tex-svg.js", bokeh / "bokeh.min.js", bokeh / "bokeh-api.min.js"):
+        shutil.copyfile(script, static / script.name)
+    shutil.copyfile(explorer, static / "explorer-data.js")
+    faces = [font_face(fonts / f"SourceSerifPro-{name}.otf", *face) for face, name in FACES.items()]
+    (static / "fonts.css").write_text("".join(faces), encoding="ascii")
+
+
+def add_sources(app):
+    """The notebooks as they were before they were executed, and the licence: what the foot of each page links to."""
+    folder = Path(app.outdir, "sources")
+    folder.mkdir(exist_ok=True)
+    shutil.copyfile(HERE.parent / "LICENSE", folder / "LICENSE.txt")
+    for name in app.env.found_docs:
+        source = Path(app.env.doc2path(name))
+        if source.suffix != ".ipynb":
+            shutil.copyfile(source, folder / source.name)
+            continue
+        notebook = nbformat.read(source, as_version=4)
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                cell.outputs, cell.execution_count = [], None
+        nbformat.write(notebook, folder / source.name)
+
+
+def preview_card(path: Path) -> None:
+    """The picture that goes with a link to the report: the question, and a panel of Figure 0.1."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    import helpers
+
+    helpers.set_style()
+    table = helpers.harm_table(helpers.runs_without_norms().query("task == 'recall' and method == 'bp'"))
+    helpers.plot_harm(table)
+    figure = plt.gcf()
+    figure.set_size_inches(12, 6.3)
+    figure.suptitle("Is the backward pass\nof softmax attention local?\n", x=0.03, ha="left", fontsize=34)
+    figure.savefig(path, dpi=100, pil_kwargs={"quantize": True})
+    plt.close(figure)
+
+
+def shrink(svg: Path) -> None:
+    """Without what a renderer does not read; coordinates to a hundredth of a pixel or better."""
+    options = scour.parse_args(
+        ["--set-precision=5", "--enable-id-stripping", "--shorten-ids", "--enable-comment-stripping"]
+        + ["--remove-metadata", "--strip-xml-prolog", "--indent=none", "--no-line-breaks", "--create-groups"]
+    )
+    svg.write_text(scour.scourString(svg.read_text(encoding="utf-8"), options), encoding="utf-8")
+
+
+def finish(app, exception):
+    if exception:
+        return
+    for svg in Path(app.outdir, "_images").glob("*.svg"):
+        shrink(svg)
+    if app.builder.name == "html":
+        add_sources(app)
+        preview_card(Path(app.outdir, "_static", "card.png"))
+
+
+# ---- what is in the pages ----
+
+
+def solutions() -> dict[str, str]:
+    """By the exercise's number: the code of its solution, without the examples in its docstring."""
+    found = {}
+    for path in sorted((HERE / "solutions").glob("s*.py")):
+        text = path.read_text(encoding="utf-8")
+        parts = {}
+        for node in ast.parse(text).body:
+            lines = text.splitlines()[node.lineno - 1 : node.end_lineno]
+            if isinstance(node, ast.FunctionDef):
+                told = node.body[0]
+                parts[node.name] = lines[: told.lineno - node.lineno] + lines[told.end_lineno - node.lineno + 1 :]
+            elif isinstance(node, ast.Assign):
+                above = reversed(text.splitlines()[: node.lineno - 1])
+                parts[node.targets[0].id] = [*reversed(list(takewhile(lambda line: line[:1] == "#", above))), *lines]
+        for number, name in re.findall(r'>>> check\("(\d\.\d)", (\w+)\)\n *Exercise \1: right', text):
+            found.setdefault(number, "\n".join(parts[name]))
+    return found
+
+
+def efforts() -> dict[str, str]:
+    """By the exercise's number: how hard it is, and how long it takes."""
+    text = (HERE / "exercises.py").read_text(encoding="utf-8")
+    found = re.findall(r'^@exercise\("(\d\.\d)", "(\w+)", minutes=(\d+)\)', text, re.MULTILINE)
+    return {number: f"{level}, about {minutes} minutes" for number, level, minutes in found}
+
+
+def complete_exercises(app, doctree):
+    """Under each exercise its solution, folded; beside its number, what it asks for."""
+    for block in list(doctree.findall(nodes.literal_block)):
+        if match := re.fullmatch(r'check\("(\d\.\d)", \w+\)', block.astext().strip()):
+            cell = block.parent.parent
+            opening = f'<details class="solution"><summary>A solution of {match[1]}</summary>'
+            code = app.solutions[match[1]]
+            cell.parent.insert(
+                cell.parent.index(cell) + 1,
+                [
+                    nodes.raw("", opening, format="html"),
+                    nodes.literal_block(code, code, language="python"),
+                    nodes.raw("", "</details>", format="html"),
+                ],
+            )
+    for number in doctree.findall(nodes.strong):
+        paragraph, what = number.parent, app.efforts.get(number.astext())
+        if what and paragraph[0] is number and isinstance(paragraph[2], nodes.emphasis):
+            paragraph.insert(3, nodes.inline("", f" ({what})", classes=["effort"]))
+
+
+def name_equations(app, doctree):
+    """An equation is found under its number, as a figure is; MyST would call it something else each time."""
+    for equation in doctree.findall(nodes.math_block):
+        if match := re.search(r"\\tag\{(\d+)\.(\d+)\}", equation.astext()):
+            equation["ids"] = [f"equation-{match[1]}-{match[2]}"]
+            if isinstance(equation.parent, nodes.container):
+                equation.parent["ids"] = []  # MyST's wrapper, which has the same one
+
+
+def explanations(app, doctree) -> str:
+    """What the glossary and the list of references say of what a page links to, for under the pointer."""
+    found = {}
+    for link in doctree.findall(nodes.reference):
+        if match := EXPLAINED.search(link.get("refuri", "")):
+            page, anchor = match.groups()
+            if page not in app.explaining:
+                app.explaining[page] = app.env.get_and_resolve_doctree(page, app.builder, tags=app.tags)
+            for node in app.explaining[page].findall(lambda node: anchor in getattr(node, "attributes", {}).get("ids", ())):
+                if isinstance(node, nodes.term):
+                    found[anchor] = [node.parent.next_node(nodes.definition)]
+                elif isinstance(node, nodes.paragraph):  # in the list of references the entry comes after it
+                    entry = node.next_node(nodes.bullet_list, siblings=True, descend=False)
+                    found[anchor] = [node, entry] if page == "references" else [node]
+    parts = []
+    for anchor, told in sorted(found.items()):
+        fragment = ""
+        for node in told:
+            text = node.deepcopy()
+            for inner in text.findall(nodes.Element):
+                inner["ids"] = []
+            fragment += app.builder.render_partial(text)["fragment"]
+        parts.append(f'<div class="explanation" id="explains-{anchor}" popover="manual" role="tooltip">{fragment}</div>')
+    return "\n".join(parts)
+
+
+def add_to_page(app, pagename, templatename, context, doctree):
+    if doctree is None:  # a page that Sphinx makes itself, such as the search
+        return
+    paragraphs = [p for p in doctree.findall(nodes.paragraph) if len(p.astext()) > 60]
+    said = " ".join(paragraphs[0].astext().removeprefix("Question.").split()) if paragraphs else context["title"]
+    if len(said) > 200:
+        said = said[:200].rsplit(" ", 1)[0] + " …"
+    properties = {
+        "title": re.sub("<.*?>", "", html.unescape(context["title"])),
+        "description": said,
+        "type": "article",
+        "image": urljoin(app.config.html_baseurl, "_static/card.png"),
+    }
+    tags = [f'<meta name="description" content="{html.escape(said)}">']
+    tags += [f'<meta property="og:{name}" content="{html.escape(value)}">' for name, value in properties.items()]
+    context["metatags"] = "\n".join([context.get("metatags", ""), *tags])
+    context["body"] += explanations(app, doctree)
+
+
+def setup(app):
+    logging.getLogger("fontTools").setLevel(logging.WARNING)
+    app.solutions, app.efforts, app.explaining = solutions(), efforts(), {}
+    app.connect("builder-inited", add_assets)
+    app.connect("doctree-read", complete_exercises)
+    app.connect("doctree-read", name_equations)
+    app.connect("html-page-context", add_to_page)
+    app.connect("build-finished", finish)
+    return {"parallel_read_safe": True}
