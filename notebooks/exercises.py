@@ -37,7 +37,7 @@ EXERCISES: dict[str, Callable[[object], str]] = {}
 
 
 def exercise(number: str, level: str, minutes: int) -> Callable:
-    """Register the function below as the judge of this exercise. The report says how hard it is and how long it takes."""
+    """Register the function below as the judge of this exercise. The report says its level and its minutes."""
 
     def register(judge: Callable[[object], str]) -> Callable[[object], str]:
         EXERCISES[number] = judge

@@ -16,6 +16,7 @@ import nbformat
 from docutils import nodes
 from fontTools import subset
 from scour import scour
+from sphinx import addnodes
 from sphinx.errors import ExtensionError
 
 HERE = Path(__file__).parent
@@ -97,17 +98,18 @@ def preview_card(path: Path) -> None:
     helpers.plot_harm(table)
     figure = plt.gcf()
     figure.set_size_inches(12, 6.3)
-    figure.suptitle("Is the backward pass\nof softmax attention local?\n", x=0.03, ha="left", fontsize=34)
+    figure.get_layout_engine().set(rect=(0.04, 0.05, 0.92, 0.9))  # room at the edges
+    figure.suptitle("Is the backward pass\nof softmax attention local?", x=0.04, ha="left", fontsize=34)
     figure.savefig(path, dpi=100, pil_kwargs={"quantize": True})
     plt.close(figure)
 
 
 def shrink(svg: Path) -> None:
     """Without what a renderer does not read; coordinates to a hundredth of a pixel or better."""
-    options = scour.parse_args(
-        ["--set-precision=5", "--enable-id-stripping", "--shorten-ids", "--enable-comment-stripping"]
-        + ["--remove-metadata", "--strip-xml-prolog", "--indent=none", "--no-line-breaks", "--create-groups"]
-    )
+    options = scour.sanitizeOptions()
+    options.digits, options.cdigits, options.newlines, options.indent_type = 5, 5, False, "none"
+    options.strip_ids = options.shorten_ids = options.strip_comments = options.strip_xml_prolog = True
+    options.remove_metadata = options.group_create = True
     svg.write_text(scour.scourString(svg.read_text(encoding="utf-8"), options), encoding="utf-8")
 
 
@@ -165,10 +167,11 @@ def complete_exercises(app, doctree):
                     nodes.raw("", "</details>", format="html"),
                 ],
             )
-    for number in doctree.findall(nodes.strong):
-        paragraph, what = number.parent, app.efforts.get(number.astext())
-        if what and paragraph[0] is number and isinstance(paragraph[2], nodes.emphasis):
-            paragraph.insert(3, nodes.inline("", f" ({what})", classes=["effort"]))
+    for number in list(doctree.findall(nodes.strong)):
+        title = number.next_node(nodes.emphasis, siblings=True, descend=False)
+        if title and number.astext() in app.efforts:
+            what = nodes.inline("", f" ({app.efforts[number.astext()]})", classes=["effort"])
+            title.parent.insert(title.parent.index(title) + 1, what)
 
 
 def name_equations(app, doctree):
@@ -186,23 +189,19 @@ def explanations(app, doctree) -> str:
     for link in doctree.findall(nodes.reference):
         if match := EXPLAINED.search(link.get("refuri", "")):
             page, anchor = match.groups()
-            if page not in app.explaining:
-                app.explaining[page] = app.env.get_and_resolve_doctree(page, app.builder, tags=app.tags)
-            for node in app.explaining[page].findall(lambda node: anchor in getattr(node, "attributes", {}).get("ids", ())):
-                if isinstance(node, nodes.term):
-                    found[anchor] = [node.parent.next_node(nodes.definition)]
-                elif isinstance(node, nodes.paragraph):  # in the list of references the entry comes after it
-                    entry = node.next_node(nodes.bullet_list, siblings=True, descend=False)
-                    found[anchor] = [node, entry] if page == "references" else [node]
+            node = app.env.get_doctree(page).ids.get(anchor)
+            if isinstance(node, nodes.term):
+                node = node.parent.next_node(nodes.definition)
+            if isinstance(node, nodes.paragraph | nodes.definition):
+                found[anchor] = node
     parts = []
-    for anchor, told in sorted(found.items()):
-        fragment = ""
-        for node in told:
-            text = node.deepcopy()
-            for inner in text.findall(nodes.Element):
-                inner["ids"] = []
-            fragment += app.builder.render_partial(text)["fragment"]
-        parts.append(f'<div class="explanation" id="explains-{anchor}" popover="manual" role="tooltip">{fragment}</div>')
+    for anchor, node in sorted(found.items()):
+        for inner in node.findall(nodes.Element):
+            inner["ids"] = []
+        for link in list(node.findall(addnodes.pending_xref)):
+            link.replace_self(link.children)  # nobody could reach it
+        opening = f'<div class="explanation" id="explains-{anchor}" popover="manual" role="tooltip">'
+        parts.append(f"{opening}{app.builder.render_partial(node)['fragment']}</div>")
     return "\n".join(parts)
 
 
@@ -227,7 +226,7 @@ def add_to_page(app, pagename, templatename, context, doctree):
 
 def setup(app):
     logging.getLogger("fontTools").setLevel(logging.WARNING)
-    app.solutions, app.efforts, app.explaining = solutions(), efforts(), {}
+    app.solutions, app.efforts = solutions(), efforts()
     app.connect("builder-inited", add_assets)
     app.connect("doctree-read", complete_exercises)
     app.connect("doctree-read", name_equations)
