@@ -212,11 +212,12 @@ def add_to_page(app, pagename, templatename, context, doctree):
     said = " ".join(paragraphs[0].astext().removeprefix("Question.").split()) if paragraphs else context["title"]
     if len(said) > 200:
         said = said[:200].rsplit(" ", 1)[0] + " …"
+    site = app.config.html_baseurl
     properties = {
         "title": re.sub("<.*?>", "", html.unescape(context["title"])),
         "description": said,
         "type": "article",
-        "image": urljoin(app.config.html_baseurl, "_static/card.png"),
+        "image": urljoin(site and site.rstrip("/") + "/", "_static/card.png"),
     }
     tags = [f'<meta name="description" content="{html.escape(said)}">']
     tags += [f'<meta property="og:{name}" content="{html.escape(value)}">' for name, value in properties.items()]

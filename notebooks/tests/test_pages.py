@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
+from conf import author, project, release
 from publish import publish
 from single_file import inline
 
@@ -145,3 +147,9 @@ def test_one_file_needs_no_other(tmp_path):
     assert 'src="data:image/svg+xml,%3Csvg xmlns=%27http://www.w3.org/2000/svg%27/%3E"' in page
     assert "data:image/png;base64,iVBO" in page and 'src="https://elsewhere.org/c.png"' in page
     assert 'href="#there"' in page
+
+
+def test_what_tools_cite_is_this_report():
+    cited = yaml.safe_load((Path(__file__).parents[2] / "CITATION.cff").read_text(encoding="utf-8"))
+    assert (cited["title"], cited["version"], cited["license"]) == (project, release, "MIT")
+    assert cited["authors"] == [{"name": author}] and cited["cff-version"] == "1.2.0" and cited["message"]

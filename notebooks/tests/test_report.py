@@ -184,14 +184,19 @@ def test_nothing_is_missing_or_from_elsewhere(visit: Visit) -> None:
     assert not visit.trouble, "\n".join(visit.trouble)
 
 
-# What is written into the files needs no browser.
-WRITTEN = {name: BeautifulSoup((REPORT / name).read_text(encoding="utf-8"), "html.parser") for name in PAGES}
+# ---- what is written into the files, which needs no browser ----
+
 READ = [name for name in PAGES if name not in {"one-file.html", "search.html"}]
+
+
+@cache
+def written(name: str) -> BeautifulSoup:
+    return BeautifulSoup((REPORT / name).read_text(encoding="utf-8"), "html.parser")
 
 
 @pytest.mark.parametrize("name", READ)
 def test_a_page_says_what_it_is(name: str) -> None:
-    head, foot = WRITTEN[name].head, WRITTEN[name].select_one(".imprint")
+    head, foot = written(name).head, written(name).select_one(".imprint")
     (description,) = (tag["content"] for tag in head.select('meta[name="description"]'))
     assert 60 < len(description) <= 202
     said = {tag["property"]: tag["content"] for tag in head.select('meta[property^="og:"]')}
@@ -204,11 +209,11 @@ def test_a_page_says_what_it_is(name: str) -> None:
     assert f"Version {release}, MIT licence" in " ".join(foot.text.split())
     # that they are there, test_links_lead_somewhere says
     assert [a.text for a in foot.select("a")] == ["text of the licence", "source of this page", "how to cite it"]
-    assert re.search(r"Last updated on\s+20\d\d-\d\d-\d\d", WRITTEN[name].select_one(".last-updated").text)
+    assert re.search(r"Last updated on\s+20\d\d-\d\d-\d\d", written(name).select_one(".last-updated").text)
 
 
 def test_navigation_has_groups() -> None:
-    tree = WRITTEN["index.html"].select_one(".sidebar-tree")
+    tree = written("index.html").select_one(".sidebar-tree")
     assert len(tree.select(".caption")) >= 4
     listed = [a["href"] for a in tree.select("ul a")]
     assert sorted(listed) == sorted(set(READ) - {"index.html"})
@@ -217,7 +222,7 @@ def test_navigation_has_groups() -> None:
 def test_equations_have_names() -> None:
     names = []
     for name in READ:
-        for equation in WRITTEN[name].select("div.math"):
+        for equation in written(name).select("div.math"):
             tags = re.findall(r"\\tag\{(\d+)\.(\d+)\}", equation.text)
             assert [equation.get("id")] == [f"equation-{page}-{number}" for page, number in tags] or not tags
             names += tags
@@ -229,17 +234,17 @@ def test_equations_have_names() -> None:
 def test_exercises_have_a_level_a_time_and_a_folded_solution() -> None:
     found, expected = {}, efforts()
     for name in READ:
-        for details in WRITTEN[name].select("details.solution"):
+        for details in written(name).select("details.solution"):
             assert not details.has_attr("open")
             found[details.summary.text.split()[-1]] = details.select_one("pre").text.strip()
-        stated = [effort.parent for effort in WRITTEN[name].select(".effort")]
+        stated = [effort.parent for effort in written(name).select(".effort")]
         for paragraph in stated:
             number = paragraph.strong.text
             assert f"({expected[number]})" in paragraph.text and re.match(r"(easy|medium|hard), ", expected[number])
             del expected[number]
     assert not expected
     assert found == {number: code.strip() for number, code in solutions().items()}
-    checked = set(re.findall(r'check\("(\d\.\d)"', "".join(WRITTEN[name].text for name in READ)))
+    checked = set(re.findall(r'check\("(\d\.\d)"', "".join(written(name).text for name in READ)))
     assert set(found) == checked
 
 
@@ -247,6 +252,9 @@ def test_text_in_figures_is_text() -> None:
     figures = sorted(REPORT.glob("_images/*.svg"))
     texts = [path.read_text(encoding="utf-8") for path in figures]
     assert figures and all("<text" in text and "<!--" not in text and "DejaVuSans-" not in text for text in texts)
+
+
+# ---- what a reader does with them ----
 
 
 def test_lines_can_be_read_and_contents_seen(browser: Browser) -> None:
@@ -450,7 +458,7 @@ def test_size() -> None:
 
 
 def test_front_page_is_light() -> None:
-    front = WRITTEN["index.html"]
+    front = written("index.html")
     parts = [tag.get("src") or tag["href"] for tag in front.select("script[src], img[src], link[rel=stylesheet]")]
     files = {REPORT / urlsplit(part).path for part in ["index.html", *parts]}
     weights = {path.name: path.stat().st_size for path in files if path.name not in {"tex-svg.js", "fonts.css"}}
