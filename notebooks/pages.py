@@ -13,8 +13,10 @@ from pathlib import Path
 from urllib.parse import urljoin
 
 import nbformat
+import numpy as np
 from docutils import nodes
 from fontTools import subset
+from PIL import Image
 from scour import scour
 from sphinx import addnodes
 from sphinx.errors import ExtensionError
@@ -104,20 +106,39 @@ def preview_card(path: Path) -> None:
     plt.close(figure)
 
 
-def shrink(svg: Path) -> None:
-    """Without what a renderer does not read; coordinates to a hundredth of a pixel or better."""
+def with_palette(address: re.Match) -> str:
+    """The same picture: a colour map has no more colours than a byte can name."""
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(address[1]))).convert("RGBA"))
+    colours, places = np.unique(pixels.reshape(-1, 4), axis=0, return_inverse=True)
+    if len(colours) > 256:
+        return address[0]
+    named = Image.fromarray(places.reshape(pixels.shape[:2]).astype(np.uint8), "P")
+    named.putpalette(colours[:, :3].tobytes())
+    stored = io.BytesIO()
+    named.save(stored, "PNG", optimize=True, transparency=colours[:, 3].tobytes())
+    return f"data:image/png;base64,{base64.b64encode(stored.getvalue()).decode()}"
+
+
+def shrink(svg: str) -> str:
+    """The same figure without what a renderer does not read, a hundredth of a pixel apart at most."""
     options = scour.sanitizeOptions()
     options.digits, options.cdigits, options.newlines, options.indent_type = 5, 5, False, "none"
     options.strip_ids = options.shorten_ids = options.strip_comments = options.strip_xml_prolog = True
     options.remove_metadata = options.group_create = True
-    svg.write_text(scour.scourString(svg.read_text(encoding="utf-8"), options), encoding="utf-8")
+    svg = scour.scourString(svg, options)
+    svg = re.sub(r"data:image/png;base64,\s*([^\"]+)", with_palette, svg)
+    svg = re.sub(r' transform="rotate\(-0 [^)]*\)"', "", svg)
+    svg = re.sub(r'(?<=\.\d\d)\d+(?=")', "", svg)  # where text stands
+    if family := re.search(r' font-family="[^"]*sans-serif"', svg):  # once will do
+        svg = svg.replace(family[0], "").replace("<svg", "<svg" + family[0], 1)
+    return svg
 
 
 def finish(app, exception):
     if exception:
         return
     for svg in Path(app.outdir, "_images").glob("*.svg"):
-        shrink(svg)
+        svg.write_text(shrink(svg.read_text(encoding="utf-8")), encoding="utf-8")
     if app.builder.name == "html":
         add_sources(app)
         preview_card(Path(app.outdir, "_static", "card.png"))
@@ -206,6 +227,8 @@ def explanations(app, doctree) -> str:
 
 
 def add_to_page(app, pagename, templatename, context, doctree):
+    tree = context["furo_navigation_tree"]
+    context["furo_navigation_tree"] = tree.replace('role="heading"', 'role="heading" aria-level="2"')  # Sphinx omits it
     if doctree is None:  # a page that Sphinx makes itself, such as the search
         return
     paragraphs = [p for p in doctree.findall(nodes.paragraph) if len(p.astext()) > 60]
@@ -231,6 +254,6 @@ def setup(app):
     app.connect("builder-inited", add_assets)
     app.connect("doctree-read", complete_exercises)
     app.connect("doctree-read", name_equations)
-    app.connect("html-page-context", add_to_page)
+    app.connect("html-page-context", add_to_page, priority=900)  # after the theme
     app.connect("build-finished", finish)
     return {"parallel_read_safe": True}
