@@ -2105,7 +2105,8 @@ COLORS = {
     "cross": "#009E73",
     "ste": "#CC79A7",
 }
-SEQUENTIAL, DIVERGING = "viridis", "RdBu_r"  # energies; signed quantities, centred on zero
+# energies; signed quantities, centred on zero. Nothing has the page's colour, in the dark scheme, too.
+SEQUENTIAL, DIVERGING = "magma_r", "RdBu_r"
 
 
 def set_style() -> None:

@@ -100,8 +100,8 @@ def preview_card(path: Path) -> None:
     helpers.plot_harm(table)
     figure = plt.gcf()
     figure.set_size_inches(12, 6.3)
-    figure.get_layout_engine().set(rect=(0.04, 0.05, 0.92, 0.9))  # room at the edges
-    figure.suptitle("Is the backward pass\nof softmax attention local?", x=0.04, ha="left", fontsize=34)
+    figure.get_layout_engine().set(rect=(0.04, 0.05, 0.92, 0.7))  # room at the edges
+    figure.suptitle("Is the backward pass\nof softmax attention local?", x=0.04, y=0.95, ha="left", va="top", fontsize=34)
     figure.savefig(path, dpi=100, pil_kwargs={"quantize": True})
     plt.close(figure)
 
@@ -200,8 +200,6 @@ def name_equations(app, doctree):
     for equation in doctree.findall(nodes.math_block):
         if match := re.search(r"\\tag\{(\d+)\.(\d+)\}", equation.astext()):
             equation["ids"] = [f"equation-{match[1]}-{match[2]}"]
-            if isinstance(equation.parent, nodes.container):
-                equation.parent["ids"] = []  # MyST's wrapper, which has the same one
 
 
 def explanations(app, doctree) -> str:
