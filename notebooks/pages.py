@@ -101,7 +101,9 @@ def preview_card(path: Path) -> None:
     figure = plt.gcf()
     figure.set_size_inches(12, 6.3)
     figure.get_layout_engine().set(rect=(0.04, 0.05, 0.92, 0.7))  # room at the edges
-    figure.suptitle("Is the backward pass\nof softmax attention local?", x=0.04, y=0.95, ha="left", va="top", fontsize=34)
+    figure.suptitle(
+        "Is the backward pass\nof softmax attention local?", x=0.04, y=0.95, ha="left", va="top", fontsize=34
+    )
     figure.savefig(path, dpi=100, pil_kwargs={"quantize": True})
     plt.close(figure)
 
