@@ -227,8 +227,9 @@ def explanations(app, doctree) -> str:
 
 
 def add_to_page(app, pagename, templatename, context, doctree):
-    tree = context["furo_navigation_tree"]
-    context["furo_navigation_tree"] = tree.replace('role="heading"', 'role="heading" aria-level="2"')  # Sphinx omits it
+    for part in ("furo_navigation_tree", "body"):  # Sphinx gives captions of contents no level
+        if part in context:
+            context[part] = context[part].replace('role="heading">', 'role="heading" aria-level="2">')
     if doctree is None:  # a page that Sphinx makes itself, such as the search
         return
     paragraphs = [p for p in doctree.findall(nodes.paragraph) if len(p.astext()) > 60]
