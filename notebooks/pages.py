@@ -227,7 +227,7 @@ def explanations(app, doctree) -> str:
 
 
 def add_to_page(app, pagename, templatename, context, doctree):
-    for part in ("furo_navigation_tree", "body"):  # Sphinx gives captions of contents no level
+    for part in ("furo_navigation_tree", "toc"):  # Sphinx gives captions of contents no level
         if part in context:
             context[part] = context[part].replace('role="heading">', 'role="heading" aria-level="2">')
     if doctree is None:  # a page that Sphinx makes itself, such as the search
