@@ -102,7 +102,8 @@ $(SITE)/%.ipynb: notebooks/%.ipynb notebooks/exercises.py helpers.py model_local
 	@$(PY) notebooks/execute.py $< --output-dir $(@D) > $(@:.ipynb=.time)
 	@cat $(@:.ipynb=.time)
 
-report/index.html: $(EXECUTED) $(PAGES) $(wildcard notebooks/_static/*) notebooks/references.bib notebooks/conf.py notebooks/single_file.py notebooks/publish.py Makefile
+report/index.html: $(EXECUTED) $(PAGES) $(wildcard notebooks/_static/* notebooks/_templates/* notebooks/solutions/*) notebooks/references.bib notebooks/conf.py \
+    notebooks/pages.py notebooks/single_file.py notebooks/publish.py LICENSE pyproject.toml Makefile
 	@rm -rf $(HTML) $(SINGLE) $(filter-out $(EXECUTED),$(wildcard $(SITE)/*.ipynb $(SITE)/*.md))
 	@cp $(PAGES) $(SITE)
 	$(SPHINX) -d report/.work/doctrees $(SITE) $(HTML)

@@ -36,8 +36,8 @@ class Unanswered(Exception):
 EXERCISES: dict[str, Callable[[object], str]] = {}
 
 
-def exercise(number: str) -> Callable:
-    """Register the function below as the judge of this exercise."""
+def exercise(number: str, level: str, minutes: int) -> Callable:
+    """Register the function below as the judge of this exercise. The report says its level and its minutes."""
 
     def register(judge: Callable[[object], str]) -> Callable[[object], str]:
         EXERCISES[number] = judge
@@ -252,7 +252,7 @@ def small_model(n_layer: int, method: str) -> tuple[LocalGPT, Tensor, Tensor]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@exercise("1.1")
+@exercise("1.1", "easy", minutes=10)
 def lateral_part(answer: object) -> str:
     """A function (a, g) -> o, the lateral part of the softmax's backward pass, for rows (..., n)."""
     for a, g in ((tensor([0.5, 0.25, 0.25]), tensor([1, 2, 4])), (normal(2, 3).softmax(-1), normal(2, 3, seed=1))):
@@ -279,7 +279,7 @@ def lateral_part(answer: object) -> str:
     return "Its rows do not sum to zero, and neither do those of the diagonal part; together they do."
 
 
-@exercise("1.2")
+@exercise("1.2", "medium", minutes=15)
 def local_weights(answer: object) -> str:
     """A function s -> weights, positive, growing with the own score, and blind to the others'."""
     s = tensor([[0.3, -1.2, 2.0, 0.5], [-3.0, 1.0, 0.0, 4.0]])
@@ -306,7 +306,7 @@ def local_weights(answer: object) -> str:
     )
 
 
-@exercise("1.3")
+@exercise("1.3", "medium", minutes=15)
 def best_constant(answer: object) -> str:
     """A function (a, g) -> c, for which a (1 - a) (g - c) is closest to f. Rows (n,)."""
     cases = [(tensor([0.7, 0.2, 0.1]), tensor([1, 2, 4])), (normal(6).softmax(-1), 3 + normal(6, seed=1))]
@@ -326,7 +326,7 @@ def best_constant(answer: object) -> str:
     return "So the best constant is in general neither b nor the plain mean: the factor 1-a has moved it."
 
 
-@exercise("1.4")
+@exercise("1.4", "medium", minutes=10)
 def against(answer: object) -> str:
     """An error g for the weights (0.7, 0.2, 0.1), such that the diagonal part points against f."""
     a, g = torch.tensor([0.7, 0.2, 0.1]).double(), torch.from_numpy(numbers(answer, (3,)))
@@ -344,7 +344,7 @@ def against(answer: object) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@exercise("2.1")
+@exercise("2.1", "easy", minutes=10)
 def feedback_alignment(answer: object) -> str:
     """A function (x, W, B, grad_y) -> (grad_x, grad_W), for x (B, T, n_in) and grad_y (B, T, n_out)."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -371,7 +371,7 @@ def feedback_alignment(answer: object) -> str:
     return "B appears in one place only: in what x is told. The weight's own update is that of backpropagation."
 
 
-@exercise("2.2")
+@exercise("2.2", "medium", minutes=10)
 def same_direction(answer: object) -> str:
     """The parameters whose gradient keeps its direction when all feedback matrices of a one-block model double."""
     model, x, y = small_model(1, "fa")
@@ -400,7 +400,7 @@ def same_direction(answer: object) -> str:
     )
 
 
-@exercise("2.3")
+@exercise("2.3", "hard", minutes=25)
 def always_helps(answer: object) -> str:
     """A function (W, B) -> whether dy B lies within 90 degrees of dy W for every dy."""
     eye, turn = np.eye(2), np.deg2rad(60)
@@ -437,7 +437,7 @@ def always_helps(answer: object) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@exercise("3.1")
+@exercise("3.1", "easy", minutes=10)
 def lateral_sum_at_query(answer: object) -> str:
     """A function (output, d_output, n_head) -> b (B, H, T), for outputs and errors (B, T, C)."""
     model, x, y = small_model(1, "bp")
@@ -475,7 +475,7 @@ def hooks_on(model: torch.nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if any(getattr(module, kind) for kind in kinds)]
 
 
-@exercise("3.2")
+@exercise("3.2", "hard", minutes=25)
 def own_capture(answer: object) -> str:
     """A function (model, x, y) -> dL/dA of every layer, in order, that leaves no hook behind."""
     model, x, y = small_model(2, "fa")
@@ -518,7 +518,7 @@ OPERATIONS: dict[str, Callable[[Tensor], object]] = {
 }
 
 
-@exercise("3.3")
+@exercise("3.3", "medium", minutes=15)
 def operations(answer: object) -> str:
     """What each operation on captured weights does to the backward pass that follows: harmless, error or silent."""
     if not isinstance(answer, Mapping):
@@ -559,7 +559,7 @@ def operations(answer: object) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@exercise("4.1")
+@exercise("4.1", "easy", minutes=10)
 def energy_ratios(answer: object) -> str:
     """A function (a, g) -> (r_diag, r_offdiag, r_cross) of one head, from maps (B, T, T), as ratios of means."""
     a, g, _ = causal_maps(4, 5, common=0.5)
@@ -584,7 +584,7 @@ def energy_ratios(answer: object) -> str:
     return f"They sum to 1, and the largest sequence has most of the say: here r_diag is {right[0]:.2f}."
 
 
-@exercise("4.2")
+@exercise("4.2", "hard", minutes=20)
 def low_temperature(answer: object) -> str:
     """The cosine of d with f for scores (2, 1.5, 1, 0) and errors (3, 1, -2, 5), as the temperature goes to zero."""
     scores, g = torch.tensor([2, 1.5, 1, 0]).double(), torch.tensor([3, 1, -2, 5]).double()
@@ -604,7 +604,7 @@ def low_temperature(answer: object) -> str:
     return "Both d and f vanish, but not their angle: it hangs on the errors of two keys, common mode included."
 
 
-@exercise("4.3")
+@exercise("4.3", "easy", minutes=10)
 def local_rule(answer: object) -> str:
     """A rule (a, g, mean of g) -> what is sent to the score, key by key, with a cosine of 0.85 with f."""
     a, g, visible = causal_maps(50, 12, spread=2, common=2)
@@ -637,7 +637,7 @@ def losses(n: int, seed: int = 0, excess: float = 0.5) -> dict[str, np.ndarray]:
     return {"rule": 2 + excess + rule, "full": 2 + full, "none": 3 + none}
 
 
-@exercise("5.1")
+@exercise("5.1", "easy", minutes=5)
 def my_harm(answer: object) -> str:
     """A function (rule, full, none) -> harm."""
     by_hand = {"rule": np.array([2.2, 2.5, 2.8]), "full": np.full(3, 2.0), "none": np.array([3, 3.5, 4])}
@@ -656,7 +656,7 @@ def my_harm(answer: object) -> str:
     return "It can be negative (better than the exact pass) and above 1 (worse than untrained queries and keys)."
 
 
-@exercise("5.2")
+@exercise("5.2", "medium", minutes=10)
 def small_but_not_tolerable(answer: object) -> str:
     """Five losses whose harm is below 0.25 and whose verdict is not tolerable."""
     rule = numbers(answer, (5,)).tolist()
@@ -674,7 +674,7 @@ def small_but_not_tolerable(answer: object) -> str:
     )
 
 
-@exercise("5.3")
+@exercise("5.3", "hard", minutes=30)
 def is_inside(answer: object) -> str:
     """A function (h, rule, full, none) -> whether h is in Fieller's 95 % interval."""
     for case in (losses(5), losses(3), losses(10, excess=1.2)):
@@ -708,7 +708,7 @@ def is_inside(answer: object) -> str:
     return "All that is uncertain is the mean of one set of differences: no ratio had to be trusted."
 
 
-@exercise("5.4")
+@exercise("5.4", "medium", minutes=15)
 def adding_up(answer: object) -> str:
     """Cosines after 100 steps of a rule with a constant error, and of one whose error is drawn anew at each step."""
     got = numbers(answer, (2,), "the pair of cosines")
@@ -734,7 +734,7 @@ def adding_up(answer: object) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@exercise("6.1")
+@exercise("6.1", "easy", minutes=10)
 def steps_to_follow(answer: object) -> str:
     """The steps after which a running mean has made up 90 % of a jump, at decays of 0.9 and of 0.99."""
     got = numbers(answer, (2,), "the pair of steps")
@@ -751,7 +751,7 @@ def steps_to_follow(answer: object) -> str:
     return "The lateral sum is another one in every row of every sequence: no memory of this kind can follow it."
 
 
-@exercise("6.2")
+@exercise("6.2", "medium", minutes=10)
 def blind_rules(answer: object) -> str:
     """The rules of the family that do not see a constant added to g."""
     family = ("zero", "diagonal", "running", "diagonal_running", "mean", "diagonal_mean", "full", "diagonal_lateral")
@@ -771,7 +771,7 @@ def blind_rules(answer: object) -> str:
     return "Blindness to the common mode is not enough either: only one of them leaves every row's sum at zero."
 
 
-@exercise("6.3")
+@exercise("6.3", "medium", minutes=15)
 def turned_round(answer: object) -> str:
     """Weights and errors of two keys, for which the rule balanced by attention points against the exact pass."""
     a, g = numbers(answer, (2, 2), "the pair (a, g)")
@@ -787,7 +787,7 @@ def turned_round(answer: object) -> str:
     return f"f is {describe(f)}, and the balanced rule sends {describe(sent)}. Yet both have the form J x."
 
 
-@exercise("6.4")
+@exercise("6.4", "hard", minutes=20)
 def distorted_error(answer: object) -> str:
     """A function (a, g) -> x with J x = g - a sum(g), for rows (..., n)."""
     for a, g in ((tensor([0.5, 0.25, 0.25]), tensor([1, 2, 4])), (normal(2, 3).softmax(-1), normal(2, 3, seed=1))):

@@ -1,15 +1,23 @@
 """The steps of make report that must not be left half done, and the page that is one file."""
 
+import base64
 import contextlib
+import io
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
+import yaml
 
+from conf import author, project, release
+from pages import shrink
 from publish import publish
 from single_file import inline
 
@@ -145,3 +153,33 @@ def test_one_file_needs_no_other(tmp_path):
     assert 'src="data:image/svg+xml,%3Csvg xmlns=%27http://www.w3.org/2000/svg%27/%3E"' in page
     assert "data:image/png;base64,iVBO" in page and 'src="https://elsewhere.org/c.png"' in page
     assert 'href="#there"' in page
+
+
+def test_what_tools_cite_is_this_report():
+    cited = yaml.safe_load((Path(__file__).parents[2] / "CITATION.cff").read_text(encoding="utf-8"))
+    assert (cited["title"], cited["version"], cited["license"]) == (project, release, "MIT")
+    assert cited["authors"] == [{"name": author}] and cited["cff-version"] == "1.2.0" and cited["message"]
+
+
+def test_a_figure_shrinks_and_stays_the_same(tmp_path):
+    values = np.random.default_rng(0).normal(size=(20, 20))
+    with plt.rc_context({"svg.fonttype": "none", "mathtext.fontset": "stix"}):
+        figure, ax = plt.subplots()
+        ax.imshow(np.ma.masked_less(values, -1), interpolation="none")
+        ax.set(title="Maps of $r_b$", xlabel="a <key> & more")
+        figure.savefig(tmp_path / "figure.svg")
+        plt.close(figure)
+    before = (tmp_path / "figure.svg").read_text(encoding="utf-8")
+    after = shrink(before)
+    assert len(after) < 0.6 * len(before)
+
+    def parts(svg):
+        pictures = re.findall(r"data:image/png;base64,\s*([^\"]+)", svg)
+        pixels = [plt.imread(io.BytesIO(base64.b64decode(picture))) for picture in pictures]
+        texts = re.findall(r">([^<>]+)</t", svg)
+        return [text for text in texts if text.strip()], pixels
+
+    assert "a &lt;key&gt; &amp; more" in parts(after)[0]
+    assert parts(before)[0] == parts(after)[0]
+    np.testing.assert_array_equal(parts(before)[1], parts(after)[1])
+    assert len(parts(after)[1]) == 1

@@ -4,6 +4,7 @@ REPORT=FOLDER tests another copy. Every page is opened once, for all of its test
 """
 
 import base64
+import io
 import json
 import os
 import re
@@ -14,16 +15,21 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urljoin, urlsplit
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
+from bs4 import BeautifulSoup
 from playwright.sync_api import Browser, Locator, Page, sync_playwright
+
+from conf import release
+from pages import efforts, solutions
 
 REPORT = Path(os.environ.get("REPORT", Path(__file__).parents[2] / "report")).resolve()
 # .work is make's own
 FILES = [path for path in REPORT.rglob("*") if path.is_file() and path.relative_to(REPORT).parts[0][0] != "."]
 PAGES = sorted(path.relative_to(REPORT).as_posix() for path in FILES if path.suffix == ".html")
-MAX_BYTES = 15e6
+MAX_BYTES, MAX_BYTES_FRONT = 15e6, 1.5e6  # all of it; what the front page loads, without fonts and MathJax
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
@@ -178,6 +184,183 @@ def test_nothing_is_missing_or_from_elsewhere(visit: Visit) -> None:
     assert not visit.trouble, "\n".join(visit.trouble)
 
 
+# ---- what is written into the files, which needs no browser ----
+
+READ = [name for name in PAGES if name not in {"one-file.html", "search.html"}]
+
+
+@cache
+def written(name: str) -> BeautifulSoup:
+    return BeautifulSoup((REPORT / name).read_text(encoding="utf-8"), "html.parser")
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_page_says_what_it_is(name: str) -> None:
+    head, foot = written(name).head, written(name).select_one(".imprint")
+    (description,) = (tag["content"] for tag in head.select('meta[name="description"]'))
+    assert 60 < len(description) <= 202
+    said = {tag["property"]: tag["content"] for tag in head.select('meta[property^="og:"]')}
+    assert set(said) == {"og:title", "og:description", "og:type", "og:image"} and said["og:description"] == description
+    assert "<" not in said["og:title"]
+    assert (REPORT / head.select_one('link[rel~="icon"]')["href"]).is_file()
+    card = (REPORT / said["og:image"]).read_bytes()
+    size = int.from_bytes(card[16:20], "big"), int.from_bytes(card[20:24], "big")  # as PNG has it
+    assert card[:4] == b"\x89PNG" and size == (1200, 630)
+    assert f"Version {release}, MIT licence" in " ".join(foot.text.split())
+    # that they are there, test_links_lead_somewhere says
+    assert [a.text for a in foot.select("a")] == ["text of the licence", "source of this page", "how to cite it"]
+    assert re.search(r"Last updated on\s+20\d\d-\d\d-\d\d", written(name).select_one(".last-updated").text)
+
+
+def test_navigation_has_groups() -> None:
+    tree = written("index.html").select_one(".sidebar-tree")
+    assert len(tree.select(".caption")) >= 4
+    listed = [a["href"] for a in tree.select("ul a")]
+    assert sorted(listed) == sorted(set(READ) - {"index.html"})
+
+
+def test_equations_have_names() -> None:
+    names = []
+    for name in READ:
+        for equation in written(name).select("div.math"):
+            tags = re.findall(r"\\tag\{(\d+)\.(\d+)\}", equation.text)
+            assert [equation.get("id")] == [f"equation-{page}-{number}" for page, number in tags] or not tags
+            names += tags
+            if tags:
+                assert equation.select_one(".headerlink")["href"] == f"#{equation['id']}"
+    assert len(names) > 5 and len(names) == len(set(names))
+
+
+def test_exercises_have_a_level_a_time_and_a_folded_solution() -> None:
+    found, expected = {}, efforts()
+    for name in READ:
+        for details in written(name).select("details.solution"):
+            assert not details.has_attr("open")
+            found[details.summary.text.split()[-1]] = details.select_one("pre").text.strip()
+        stated = [effort.parent for effort in written(name).select(".effort")]
+        for paragraph in stated:
+            number = paragraph.strong.text
+            assert f"({expected[number]})" in paragraph.text and re.match(r"(easy|medium|hard), ", expected[number])
+            del expected[number]
+    assert not expected
+    assert found == {number: code.strip() for number, code in solutions().items()}
+    checked = set(re.findall(r'check\("(\d\.\d)"', "".join(written(name).text for name in READ)))
+    assert set(found) == checked
+
+
+def test_text_in_figures_is_text() -> None:
+    figures = sorted(REPORT.glob("_images/*.svg"))
+    texts = [path.read_text(encoding="utf-8") for path in figures]
+    assert figures and all("<text" in text and "<!--" not in text and "DejaVuSans-" not in text for text in texts)
+
+
+# ---- what a reader does with them ----
+
+
+def test_lines_can_be_read_and_contents_seen(browser: Browser) -> None:
+    page, _ = visit_page(browser, "index.html")
+    lines = page.evaluate("""() => [...document.querySelectorAll("article p")]
+        .filter(p => !p.querySelector("mjx-container, code") && !p.closest("details, figure, [popover]"))
+        .map(p => [p.textContent.length, p.offsetHeight / parseFloat(getComputedStyle(p).lineHeight)])
+        .filter(([, lines]) => lines > 2.5).map(([characters, lines]) => characters / (lines - .4))""")
+    assert len(lines) > 2 and 68 <= np.mean(lines) <= 77, lines
+    wide = page.eval_on_selector("figure img", "image => image.offsetWidth")
+    text = page.eval_on_selector("article p", "p => p.offsetWidth")
+    assert wide > 1.2 * text
+    box = page.locator(".toc-drawer").bounding_box()
+    assert box["width"] > 150 and box["x"] + box["width"] <= DESKTOP["width"]
+    assert page.evaluate("document.fonts.check('16px \"Report Serif\"') && document.fonts.size >= 4")
+
+
+def test_one_switch_shows_all_code_and_is_remembered(browser: Browser) -> None:
+    context = browser.new_context(offline=True, viewport=DESKTOP)
+    page = context.new_page()
+
+    def states(address: str | None = None) -> tuple[str, set[bool]]:
+        if address:
+            page.goto(f"{REPORT.as_uri()}/{address}")
+        folds = page.locator(".cell:not(.tag_hide-cell) > details.hide:has(> .cell_input)")
+        opened = set(folds.evaluate_all("all => all.map(fold => fold.open)"))
+        return page.locator(".show-code").get_attribute("aria-pressed"), opened
+
+    assert states("01_softmax_jacobian.html") == ("false", {False})
+    page.locator(".show-code").press("Enter")
+    assert states() == ("true", {True})
+    assert page.locator(".tag_hide-cell > details[open]").count() == 0  # the numbers of figures are no code
+    assert states("02_training.html") == ("true", {True})
+    page.locator(".show-code").click()
+    assert states() == states("01_softmax_jacobian.html") == ("false", {False})
+    context.close()
+
+
+def test_terms_and_citations_are_explained_on_the_spot(browser: Browser) -> None:
+    page, trouble = visit_page(browser, "02_training.html")
+    links = page.locator("article a[href^='glossary.html#'], article a[href^='references.html#']")
+    missing = links.evaluate_all("all => all.filter(a => !a.getAttribute('aria-describedby')).map(a => a.outerHTML)")
+    assert links.count() > 5 and not missing
+    link = links.first
+    text = page.locator(f"#{link.get_attribute('aria-describedby')}")
+    assert not text.is_visible() and len(text.text_content()) > 60
+    link.hover()
+    assert text.is_visible()
+    text.hover()  # it stays, so that what is in it can be followed
+    page.wait_for_timeout(400)
+    assert text.is_visible()
+    page.mouse.move(0, 0)
+    text.wait_for(state="hidden")
+    link.focus()
+    assert text.is_visible() and text.bounding_box()["x"] + text.bounding_box()["width"] <= DESKTOP["width"]
+    link.press("Escape")
+    assert not text.is_visible()
+    assert not trouble
+
+
+def test_code_and_citation_can_be_copied(browser: Browser) -> None:
+    for address, block in (("index.html", ".highlight-bibtex"), ("01_softmax_jacobian.html", ".cell_input")):
+        page, trouble = visit_page(browser, address)
+        code = page.locator(f"{block} div.highlight").first
+        code.hover()
+        code.locator("button.copybtn").click()
+        page.evaluate("document.body.insertAdjacentHTML('afterbegin', '<textarea id=paste></textarea>')")
+        page.locator("#paste").press("Control+v")
+        assert page.locator("#paste").input_value().strip() == code.locator("pre").text_content().strip()
+        assert page.locator(".cell_output .copybtn").count() == 0
+        assert not trouble
+
+
+def test_what_scrolls_on_a_phone_says_so(browser: Browser) -> None:
+    page, _ = visit_page(browser, "index.html")
+    page.set_viewport_size(PHONE)
+    page.wait_for_timeout(300)
+    boxes = "figure.align-default, div.output.text_html, .table-wrapper, div.math"
+    shaded = page.eval_on_selector_all(
+        boxes, "all => all.filter(b => b.scrollWidth > b.clientWidth + 2).map(b => [b.matches('.more'), b.tabIndex])"
+    )
+    assert shaded and all(found == [True, 0] for found in shaded)
+    figure = page.locator("figure.align-default").first
+    assert "inset" in figure.evaluate("f => getComputedStyle(f).boxShadow")
+    figure.evaluate("f => f.scrollLeft = f.scrollWidth")
+    page.wait_for_timeout(300)
+    assert figure.evaluate("f => !f.matches('.more')")
+
+
+@pytest.mark.parametrize(
+    ("system", "theme", "dark"),
+    [("light", "auto", False), ("dark", "auto", True), ("light", "dark", True), ("dark", "light", False)],
+)
+def test_figures_are_dark_where_the_page_is(browser: Browser, system: str, theme: str, dark: bool) -> None:
+    page, _ = visit_page(browser, "index.html")
+    page.emulate_media(color_scheme=system)
+    page.evaluate("theme => document.body.dataset.theme = theme", theme)
+    corner = page.locator("figure.align-default img").first.screenshot()
+    around = page.locator("article h1").first.screenshot()
+    pixels = [plt.imread(io.BytesIO(picture))[2, -3, :3] for picture in (corner, around)]
+    assert np.abs(pixels[0] - pixels[1]).max() < 0.02  # the page's ground
+    assert (pixels[0].mean() < 0.3) == dark
+    image = plt.imread(io.BytesIO(corner))[..., :3]
+    assert image.max() > 0.8 if dark else image.min() < 0.3  # its lines stand out
+
+
 def test_search_finds(browser: Browser) -> None:
     page, trouble = visit_page(browser, "search.html?q=lateral")
     page.locator("#search-results li a").first.wait_for()
@@ -272,3 +455,11 @@ def test_explorer_writes_any_text_as_text(browser: Browser, tmp_path: Path) -> N
 
 def test_size() -> None:
     assert sum(path.stat().st_size for path in FILES) < MAX_BYTES
+
+
+def test_front_page_is_light() -> None:
+    front = written("index.html")
+    parts = [tag.get("src") or tag["href"] for tag in front.select("script[src], img[src], link[rel=stylesheet]")]
+    files = {REPORT / urlsplit(part).path for part in ["index.html", *parts]}
+    weights = {path.name: path.stat().st_size for path in files if path.name not in {"tex-svg.js", "fonts.css"}}
+    assert sum(weights.values()) < MAX_BYTES_FRONT, weights
