@@ -36,17 +36,15 @@ mathjax3_config = {"tex": {"tags": "ams"}, "svg": {"fontCache": "global"}}
 
 def add_assets(app):
     """Copy what comes out of packages or was made by a notebook; the rest is in _static."""
-    explorer = Path(__file__).parent.parent / "data" / "explorer.js"
+    explorer = Path(__file__).parent.parent / "data" / "explorer-data.js"
     if not explorer.exists():
         raise ExtensionError(f"{explorer} is missing, which 07_explore writes: make clean report")
     # MathJax's package would copy all of its 15 MB; its name has hyphens, so it cannot simply be imported.
     mathjax = Path(find_spec("sphinx-mathjax-offline").origin).parent / "static" / "mathjax"
-    bokeh = Path(find_spec("bokeh").origin).parent / "server" / "static" / "js"
     static = Path(app.outdir, "_static")
     static.mkdir(parents=True, exist_ok=True)
-    for script in (mathjax / "tex-svg.js", bokeh / "bokeh.min.js", bokeh / "bokeh-api.min.js"):
+    for script in (mathjax / "tex-svg.js", *explorer.parent.glob("explorer-*.js")):
         shutil.copyfile(script, static / script.name)
-    shutil.copyfile(explorer, static / "explorer-data.js")
 
 
 def setup(app):

@@ -86,8 +86,8 @@ const LocalGPT = (() => {
       const W = matrix(rows, columns);
       return {W, B: feedback ? {rows, columns, values: feedback(rows * columns)} : W};
     }
-    const V = Object.keys(vocabulary).length;
-    const model = {C, heads, tokens: matrix(V, C), places: matrix(positions, C), blocks: []};
+    const V = vocabulary.length, ids = new Map(vocabulary.map(([character], id) => [character, id]));
+    const model = {C, heads, ids, tokens: matrix(V, C), places: matrix(positions, C), blocks: []};
     for (let layer = 0; layer < layers; layer++) {
       const block = {norm1: matrix(1, C).values};
       for (const name of ["q", "k", "v", "o"]) block[name] = linear(C, C);
@@ -213,10 +213,10 @@ const LocalGPT = (() => {
 
   // ---- the whole ----
 
-  /* ids of T + 1 characters, the last of them only predicted. Of every head, layer by layer: a and g = dL/da as rows
-     of the lower triangle; and the loss L, the mean over the T predictions in nats. */
-  function run(model, ids, rule) {
-    const {C, tokens, places, blocks} = model, T = ids.length - 1;
+  /* A text of T + 1 characters, the last of them only predicted. Of every head, layer by layer: a and g = dL/da as
+     rows of the lower triangle; and the loss L, the mean over the T predictions in nats. */
+  function run(model, text, rule) {
+    const {C, tokens, places, blocks} = model, ids = [...text].map((c) => model.ids.get(c)), T = ids.length - 1;
     let x = Float64Array.from({length: T * C}, (_, i) => tokens.values[ids[Math.floor(i / C)] * C + (i % C)] + places.values[i]);
     const kept = blocks.map((block) => {
       const norm1 = layerNorm(x, block.norm1), attention = attend(block, norm1.y, model);
