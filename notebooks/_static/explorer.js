@@ -347,7 +347,7 @@
       for (const [color, line] of [[theme.ground, 3], [theme.ink, 1]]) {
         context.strokeStyle = color;
         context.lineWidth = line;
-        context.strokeRect(left + x * cell, state.query * cell, n * cell, cell);
+        context.strokeRect(left + x * cell - 1.5, state.query * cell - 1.5, n * cell + 3, cell + 3); // around it, not on it
       }
     }
     title.textContent = views.length > 1 ? `${MAPS[name].split(/ = |,/)[0]} · ${panelName(panels()[panel])}` : MAPS[name];
@@ -431,7 +431,7 @@
     $("-rule").disabled = !shown.text;
     if (document.activeElement !== $("-text")) $("-text").value = state.text;
     const words = {query: label(state.query), key: label(state.key), temperature: number(state.temperature),
-      constant: number(state.constant), weight: state.weight === "" ? "as it is" : number(+state.weight)};
+      constant: number(state.constant), weight: state.weight === "" ? "as it is" : `= ${number(+state.weight)}`};
     for (const [name, value] of Object.entries(words)) {
       $(`-${name}-value`).textContent = value;
       $(`-${name}`).setAttribute("aria-valuetext", value);
