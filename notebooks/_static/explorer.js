@@ -304,7 +304,7 @@
   function values(made, query, key) {
     const at = (query * (query + 1)) / 2 + key;
     const each = Object.keys(MAPS).map((name) => `${{a: "A", ag: "a g"}[name] ?? name} ${number(made[name][at])}`);
-    return `query ${label(query)}, key ${label(key)}\n${each.join("  ")}`;
+    return `query ${label(query)}, key ${label(key)}\n${each.join(", ")}`;
   }
 
   let limits = [];

@@ -827,6 +827,8 @@ def test_figure_7_1_takes_a_row_apart_with_three_constants():
         cosine = torch.cosine_similarity(f.flatten(), d.flatten(), dim=0).item()
         assert words_over(ax) == f"constant {times} x the spread of g: cosine of d with f {cosine:.2f}"
         assert ax.get_ylim() == plt.gcf().axes[0].get_ylim()
+        low, high = ax.get_ylim()
+        assert low < min(d[n - 1].min(), f[n - 1].min(), 0) and high > max(d[n - 1].max(), f[n - 1].max(), 0)
 
 
 def test_the_explorer_s_data_decode_to_every_head_in_its_order(tmp_path):
