@@ -36,7 +36,7 @@ test-all: .venv/.transformers $(TEXT_READY)  ## the same, with models of the tra
 	$(PY) -m pytest
 
 test-report: report  ## test the report in a browser: pages, links, formulas, accessibility
-	$(PY) -m pytest -o addopts= -rs notebooks/tests/test_report.py
+	$(PY) -m pytest -o addopts= -rs notebooks/tests/test_report.py notebooks/tests/test_explorer.py
 
 mutants: .venv/.ready $(TEXT_READY)  ## plant faults at random, count those that the tests see (an hour or two)
 	$(PY) notebooks/tests/mutants.py

@@ -53,18 +53,16 @@ def font_face(file: Path, style: str, weight: int) -> str:
 
 def add_assets(app):
     """Copy what comes out of packages or was made by a notebook; the rest is in _static."""
-    explorer = HERE.parent / "data" / "explorer.js"
+    explorer = HERE.parent / "data" / "explorer-data.js"
     if not explorer.exists():
         raise ExtensionError(f"{explorer} is missing, which 07_explore writes: make clean report")
     # MathJax's package would copy all of its 15 MB.
     mathjax = package("sphinx-mathjax-offline") / "static" / "mathjax"
-    bokeh = package("bokeh") / "server" / "static" / "js"
     fonts = package("font_source_serif_pro") / "files"
     static = Path(app.outdir, "_static")
     static.mkdir(parents=True, exist_ok=True)
-    for script in (mathjax / "tex-svg.js", bokeh / "bokeh.min.js", bokeh / "bokeh-api.min.js"):
+    for script in (mathjax / "tex-svg.js", *explorer.parent.glob("explorer-*.js")):
         shutil.copyfile(script, static / script.name)
-    shutil.copyfile(explorer, static / "explorer-data.js")
     faces = [font_face(fonts / f"SourceSerifPro-{name}.otf", *face) for face, name in FACES.items()]
     (static / "fonts.css").write_text("".join(faces), encoding="ascii")
 

@@ -110,7 +110,9 @@ def layers(copy: Path, name: str) -> dict[str, list[str]]:
         return [str(path) for path in sorted(paths, key=lambda path: -path.read_text().count(name or "\0"))]
 
     modules = [copy / file for file in FILES] + sorted((copy / "notebooks/tests").glob("test_*.py"))
-    modules = [path for path in modules if path.name != "test_report.py"]  # needs a report and a browser
+    modules = [
+        path for path in modules if path.name not in ("test_report.py", "test_explorer.py")
+    ]  # they need a report and a browser
     notebooks = [copy / f"notebooks/{notebook}.ipynb" for notebook in QUICK_NOTEBOOKS]
     nbval = ["-o", "addopts=--nbval --nbval-current-env"]
     return {

@@ -3,13 +3,11 @@
 REPORT=FOLDER tests another copy. Every page is opened once, for all of its tests.
 """
 
-import base64
 import io
-import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +18,7 @@ import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from bs4 import BeautifulSoup
-from playwright.sync_api import Browser, Locator, Page, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
 from conf import release
 from pages import efforts, solutions
@@ -366,91 +364,6 @@ def test_search_finds(browser: Browser) -> None:
     page.locator("#search-results li a").first.wait_for()
     found = dead_links(page) + trouble
     assert not found, "\n".join(found)
-
-
-def settled(picture: Locator) -> bytes:
-    """Its screenshot, once two in a row are the same: a picture may be drawn a while after what caused it."""
-    before, now = None, picture.screenshot()
-    while now != before:
-        picture.page.wait_for_timeout(500)
-        before, now = now, picture.screenshot()
-    return now
-
-
-@pytest.mark.parametrize(
-    "act",
-    [
-        pytest.param(lambda page: page.locator("#explorer-head label").last.click(), id="click on a head"),
-        pytest.param(lambda page: page.locator("#explorer-head :checked").press("ArrowDown"), id="key on a head"),
-        pytest.param(lambda page: page.locator("#explorer-map-f").press("ArrowUp"), id="key on another map"),
-    ],
-)
-def test_explorer_answers(browser: Browser, act: Callable[[Page], None]) -> None:
-    page, trouble = visit_page(browser, "explorer.html")
-    picture = page.locator("#explorer-map-d")  # never in focus here: a mere focus ring is no answer
-    before = settled(picture)
-    act(page)
-    answered = settled(picture) != before
-    assert answered, "\n".join(["the picture stays as it was", *trouble])
-    assert not trouble, "\n".join(trouble)
-
-
-def test_explorer_names_each_head_by_its_place_and_its_cosine(browser: Browser) -> None:
-    page, trouble = visit_page(browser, "explorer.html")
-    data = page.evaluate("EXPLORER")
-    page.locator("#explorer-step label", has_text=re.compile("^50$")).click()
-    shown = page.eval_on_selector_all(
-        "#explorer-head label", "all => all.map(label => label.textContent.trim().split(/\\s+/))"
-    )
-    rows, columns = np.tril_indices(len(data["characters"]))
-    stored, expected = data["maps"]["fa"]["50"], []
-    for layer in range(data["layers"]):
-        for head in range(data["heads"]):
-            number = layer * data["heads"] + head
-            a, g = (np.zeros((rows.max() + 1,) * 2) for _ in range(2))
-            for values, name, kind in ((a, "a", "<u2"), (g, "g", "<i2")):
-                every = np.frombuffer(base64.b64decode(stored[name]), kind)
-                values[rows, columns] = every.reshape(-1, len(rows))[number]
-            a /= a.sum(axis=1, keepdims=True)
-            f, d = a * (g - (a * g).sum(axis=1, keepdims=True)), a * (1 - a) * g
-            cosine = (f * d).sum() / np.sqrt((f**2).sum() * (d**2).sum())
-            expected.append([f"{layer}.{head}", f"{cosine:.2f}".replace("-", "−")])
-    assert shown == expected
-    assert not trouble, "\n".join(trouble)
-
-
-def test_explorer_writes_any_text_as_text(browser: Browser, tmp_path: Path) -> None:
-    hostile = [
-        "<img src=x onerror=alert(1)>",
-        "<script>document.title = 'taken'</script>",
-        "&amp;",
-        "$$x$$",
-        '"',
-        "\\x00",
-    ]
-    for path in REPORT.iterdir():
-        if path.name != "_static":
-            (tmp_path / path.name).symlink_to(path)
-    (tmp_path / "_static").mkdir()
-    for path in (REPORT / "_static").iterdir():
-        (tmp_path / "_static" / path.name).symlink_to(path)
-    script = (REPORT / "_static" / "explorer-data.js").read_text(encoding="utf-8")
-    data = json.loads(script.removeprefix("const EXPLORER = ").removesuffix(";\n"))
-    data["characters"] = (hostile * len(data["characters"]))[: len(data["characters"])]
-    (tmp_path / "_static" / "explorer-data.js").unlink()
-    (tmp_path / "_static" / "explorer-data.js").write_text(f"const EXPLORER = {json.dumps(data)};\n", encoding="utf-8")
-    (tmp_path / "explorer.html").unlink()
-    shutil.copy(REPORT / "explorer.html", tmp_path)
-
-    page, trouble = visit_page(browser, "explorer.html", tmp_path)
-    for key in range(len(hostile)):
-        page.locator("#explorer-key").fill(str(key))
-        assert f"Key {key} {hostile[key]}: A" in page.locator("#explorer-readout").text_content()
-    assert page.locator("#explorer-table th[scope=row]").first.text_content() == f"0 {hostile[0]}"
-    page.locator("#explorer-map-f").hover(position={"x": 60, "y": 120})  # the values under the pointer
-    page.wait_for_timeout(500)
-    assert page.locator("#explorer [src=x], #explorer script").count() == 0 and page.title() != "taken"
-    assert not trouble, "\n".join(trouble)
 
 
 def test_size() -> None:
