@@ -68,7 +68,7 @@
     return {a: rowsOf(a, T), g: rowsOf(Float64Array.from(part("g", Int16Array), (q) => q * unit), T)};
   }
 
-  const shown = {text: "", key: ""}; // the text whose maps are there: until a model has loaded, the one before
+  const shown = {text: "", key: "", said: ""}; // the text whose maps are there: until a model has loaded, the one before
   const models = {}, runs = {}; // for one's own text, by method
 
   function own(method, head) {
@@ -200,7 +200,7 @@
     const {text, rule} = state, length = [...text].length;
     const wanted = [...new Set(panels().map(({method}) => method))];
     const key = JSON.stringify([text, rule, wanted]);
-    if (key === shown.key) return;
+    if (key === shown.key) return say(shown.said); // back from a text that was refused
     const absent = [...text].find((c) => !shapes.has(c));
     if (absent) return say(`The models know no “${absent}”.`);
     if (text && (length < 3 || length > positions + 1)) return say(`${length} characters: it takes 3 to ${positions + 1}.`);
@@ -213,12 +213,14 @@
     if (state.text !== text || state.rule !== rule) return; // it has moved on meanwhile
     for (const method of wanted) if (text) models[method] ??= LocalGPT.load(EXPLORER_WEIGHTS[method], EXPLORER);
     const start = performance.now();
-    Object.assign(shown, {text, key});
+    Object.assign(shown, {text, key, said: ""});
     for (const method of Object.keys(METHODS)) delete runs[method];
-    if (!text) return say("");
-    for (const {method, head} of panels()) own(method, head);
-    const spent = Math.round(performance.now() - start);
-    say(`L = ${number(runs[state.method].loss)} nats a character; a forward and a backward pass in ${spent} ms.`);
+    if (text) {
+      for (const {method, head} of panels()) own(method, head);
+      const spent = Math.round(performance.now() - start), loss = number(runs[state.method].loss);
+      shown.said = `L = ${loss} nats a character; a forward and a backward pass in ${spent} ms.`;
+    }
+    say(shown.said);
   }
 
   // ---- the pictures ----
