@@ -27,7 +27,8 @@ REPORT = Path(os.environ.get("REPORT", Path(__file__).parents[2] / "report")).re
 # .work is make's own
 FILES = [path for path in REPORT.rglob("*") if path.is_file() and path.relative_to(REPORT).parts[0][0] != "."]
 PAGES = sorted(path.relative_to(REPORT).as_posix() for path in FILES if path.suffix == ".html")
-MAX_BYTES, MAX_BYTES_FRONT = 20e6, 1.5e6  # all of it, with two models for the explorer; what the front page loads, without fonts and MathJax
+# all of it, with the two models that the explorer loads when asked; the front page without fonts and MathJax
+MAX_BYTES, MAX_BYTES_FRONT = 20e6, 1.5e6
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
