@@ -27,6 +27,7 @@ from statistics import median, quantiles
 from typing import NamedTuple
 from unittest import mock
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -62,11 +63,11 @@ class Plan:
     jacobian: tuple[int, int, int] = (8, 4, 64)
     long: int = 16_384  # tokens
     growth: tuple[tuple[str, tuple[int, ...]], ...] = (
-        ("T", (32, 128, 256, 512)),
-        ("H", (1, 2, 8, 16)),
-        ("B", (8, 16, 64, 128)),
-        ("L", (1, 2, 8, 16)),
-        ("C", (64, 256, 512)),
+        ("T", (32, 128, 256)),
+        ("H", (1, 16)),
+        ("B", (8, 64)),
+        ("L", (1, 8)),
+        ("C", (64, 256)),
     )
 
 
@@ -222,7 +223,7 @@ def training(plan: Plan) -> list[dict]:
     steps = {name: step(model, config.vocab_size, plan.batch, config.block_size) for name, model in models.items()}
     steps["matrix products"] = products(config, plan.batch)
     rows = compared(interleave(steps, 2 * plan.seconds, "training"), over, part="training", **sizes(config, plan.batch))
-    return [row for row in rows if row["what"] not in over or row["over"] == "matrix products"]
+    return [row for row in rows if row["what"] not in over[:-1] or row["over"] == "matrix products"]
 
 
 def growth(plan: Plan) -> list[dict]:
@@ -247,34 +248,32 @@ def growth(plan: Plan) -> list[dict]:
     return [row | about[row["what"]] for row in rows]
 
 
-def steps_taken(config: LocalGPTConfig, batch: int, start: float, seconds: float) -> int:
-    """How many one process takes with one thread; all processes start at once."""
+def ms_a_step(config: LocalGPTConfig, batch: int, start: float, seconds: float) -> float:
+    """Of one process with one thread; all processes start at once."""
     torch.set_num_threads(1)
     take = step(LocalGPT(config), config.vocab_size, batch, config.block_size)
     take()
     time.sleep(max(0.0, start - time.time()))
-    taken, end = 0, time.perf_counter() + seconds
-    while time.perf_counter() < end:
+    taken, begun = 0, time.perf_counter()
+    while taken < 1 or time.perf_counter() < begun + seconds:
         take()
         taken += 1
-    return taken
+    return 1000 * (time.perf_counter() - begun) / taken
 
 
 def workers(plan: Plan) -> list[dict]:
     """Time a step where several runs are trained at once, as the sweep does: one process a core, one thread each."""
-    rows, rounds, counts = [], 5, range(1, (os.cpu_count() or 1) + 1)
+    rounds, counts = 5, range(1, (os.cpu_count() or 1) + 1)
     times = {n: [] for n in counts}
-    servers = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(max(counts), mp_context=servers) as pool:
+    with ProcessPoolExecutor(max(counts), mp_context=multiprocessing.get_context("forkserver")) as pool:
         for _ in range(rounds):
             for n in counts:
-                start, seconds = time.time() + min(1.0, plan.seconds), plan.seconds / rounds / len(counts)
-                works = [pool.submit(steps_taken, plan.config, plan.batch, start, seconds) for _ in range(n)]
-                times[n].append(1000 * seconds / sum(work.result() for work in works))
-    for n in counts:
-        about = {"part": "workers", "workers": n, **sizes(plan.config, plan.batch)}
-        rows += [row | about for row in compared({"bp": times[n], "one run": times[1]}, ["one run"])]
-    return rows
+                when = time.time() + 1, plan.seconds / rounds / len(counts)
+                works = [pool.submit(ms_a_step, plan.config, plan.batch, *when) for _ in range(n)]
+                times[n].append(1 / sum(1 / work.result() for work in works))
+    about = {"part": "workers", **sizes(plan.config, plan.batch)}
+    rows = compared({f"{n} runs": series for n, series in times.items()}, ["1 runs"], **about)
+    return [row | {"what": "bp", "over": "one run", "workers": int(row["what"].split()[0])} for row in rows]
 
 
 # --- the split -------------------------------------------------------------------------------------------------------
@@ -324,7 +323,7 @@ def long_peak(H: int, T: int, D: int) -> tuple[float, float]:
 
 
 def split(plan: Plan) -> list[dict]:
-    """The table of all heads over other ways to it, its peak memory, and that of a context too long for maps."""
+    """The table of all heads over other ways to it, its peak memory, and the cost of a context too long for maps."""
     rows = []
     works = {"head_energy": helpers.head_energy, "a loop over heads": by_loop, "reading A and g": reading}
     for shape in (*plan.maps, plan.jacobian):
@@ -338,7 +337,7 @@ def split(plan: Plan) -> list[dict]:
         rows.append(about | {"what": "head_energy's peak", "over": "the size of A", "mib": mib, "ratio": mib / size})
     mib, ms = apart(long_peak, plan.config.n_head, plan.long, plan.config.n_embd // plan.config.n_head)
     about = {"B": 1, "H": plan.config.n_head, "T": plan.long, "mib": mib, "ms": ms}
-    return [*rows, {"part": "long", "what": "attention_energy"} | about]
+    return [*rows, {"what": "attention_energy"} | about]
 
 
 # --- the capture of other models -------------------------------------------------------------------------------------
@@ -451,9 +450,8 @@ def capture(plan: Plan) -> list[dict]:
         layers = one_pass(case, "maps")
         found = {"model": name, "deviation": deviation([layer.grad for layer in layers], from_outputs(case))}
         found["heads"] = sum(layer.attn.shape[1] for layer in layers)
-        rows += [row | found | {"mib": apart(capture_peak, name, row["what"])} for row in timed]
-        rows.append(about | found | {"what": "without", "mib": apart(capture_peak, name, "without")})
-    return rows
+        rows += [row | found for row in [*timed, about | {"what": "without"}]]
+    return [row | {"mib": apart(capture_peak, row["model"], row["what"])} for row in tqdm(rows, "peaks", leave=False)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -465,9 +463,12 @@ def processor() -> str:
     return names[0].partition(": ")[2] if names else platform.processor() or platform.machine()
 
 
-def table(plan: Plan, parts: Iterable[Callable[[Plan], list[dict]]]) -> pd.DataFrame:
-    """The rows of all ``parts``, each with what it was measured on."""
-    rows = pd.DataFrame([row for part in parts for row in part(plan)]).reindex(columns=COLUMNS)
+PARTS = {part.__name__: part for part in (training, growth, workers, split, capture)}
+
+
+def table(plan: Plan, part: str) -> pd.DataFrame:
+    """The rows of a part, each with what it was measured on."""
+    rows = pd.DataFrame(PARTS[part](plan)).reindex(columns=COLUMNS).assign(part=part)
     rows["bound"] = [BOUNDS.get(key) for key in zip(rows["what"], rows["over"], rows["T"], strict=True)]
     machine = {"torch": str(torch.__version__), "processor": processor(), "threads": torch.get_num_threads()}
     return rows.assign(**machine).astype({name: "Int64" for name in ("B", "H", "T", "C", "L", "workers", "heads")})
@@ -475,18 +476,24 @@ def table(plan: Plan, parts: Iterable[Callable[[Plan], list[dict]]]) -> pd.DataF
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"only these, of {', '.join(PARTS)}; other rows stay")
     parser.add_argument("--seconds", type=float, default=Plan.seconds, help="for each group of what is timed together")
     parser.add_argument("--nanogpt", type=Path, metavar="FOLDER", help="of a nanoGPT checkout, to compare with")
     parser.add_argument("--output", type=Path, default=BENCH)
     args = parser.parse_args()
-    plan = Plan(seconds=args.seconds, nanogpt=args.nanogpt)
-    found = table(plan, (training, growth, workers, split, capture))
-    text = found.to_csv(index=False, float_format="%.4g", lineterminator="\n")
-    helpers.save_atomically(args.output, lambda file: file.write(text.encode()))
-    over = found["ratio"] > found["bound"]
-    shown = found.drop(columns=["torch", "processor", "threads"]).assign(bound=found["bound"].where(~over, "OVER"))
+    if unknown := set(args.parts) - set(PARTS):
+        parser.error(f"there is no part {', '.join(unknown)}: choose of {', '.join(PARTS)}")
     print(f"torch {torch.__version__}, {processor()}, {torch.get_num_threads()} threads")
-    print(shown.to_string(index=False, na_rep="", float_format="{:.3g}".format))
+    for part in args.parts or PARTS:
+        found = table(Plan(seconds=args.seconds, nanogpt=args.nanogpt), part)
+        shown = found.drop(columns=["part", "torch", "processor", "threads"]).dropna(axis=1, how="all")
+        shown["over its bound"] = np.where(found["ratio"] > found["bound"], "OVER", "")
+        print(f"\n{part}\n{shown.to_string(index=False, na_rep='', float_format='{:.3g}'.format)}", flush=True)
+        if args.output.exists():
+            old = pd.read_csv(args.output)
+            found = pd.concat([old[old["part"] != part], found])
+        text = found.to_csv(index=False, float_format="%.4g", lineterminator="\n")
+        helpers.save_atomically(args.output, lambda file, text=text: file.write(text.encode()))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ LENGTHS = tuple(2**n for n in range(6, 15))
 ROUNDS, LR, SEED = 7, 3e-3, 0  # in a round each length comes up to four times, but no more than fill the longest
 TOKENS = 4096  # an iteration: TOKENS / T sequences of length T, but at least one
 SAVE_EVERY = 10  # iterations
-MEASURED = 4 * max(LENGTHS)  # tokens of the validation text, at each length
+MEASURED = max(LENGTHS)  # tokens of the validation text, at each length
 
 
 class FusedAttention(CausalSelfAttention):
@@ -123,7 +123,7 @@ def measured(model: LongGPT, corpus: Corpus, T: int, tokens: int) -> pd.DataFram
     windows = torch.from_numpy(corpus.val[starts[:, None] + np.arange(T + 1)].astype(np.int64))
     losses = []
     with capture_attention(model) as layers:
-        for batch in windows.split(max(1, max(LENGTHS) // T)):
+        for batch in windows.split(max(1, TOKENS // T)):
             losses.append(model(batch[:, :-1], batch[:, 1:].contiguous())[1])
             losses[-1].backward()
             model.zero_grad()
@@ -181,11 +181,13 @@ def context_code(corpus: Corpus, rounds: int = ROUNDS, lengths: tuple[int, ...] 
 def main() -> None:
     corpus = load_corpus()
     with FileLock(CONTEXT.with_suffix(".lock")):
-        model = trained(corpus)
-        tables = [measured(model, corpus, T, MEASURED) for T in tqdm(LENGTHS, desc="measuring")]
-        table = pd.concat(tables).assign(code=context_code(corpus))
-        text = table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
-        save_atomically(CONTEXT, lambda file: file.write(text.encode()))
+        model, code = trained(corpus), context_code(corpus)
+        rows = pd.read_csv(CONTEXT) if CONTEXT.exists() else pd.DataFrame(columns=["T", "code"])
+        rows = rows[rows["code"] == code]
+        for T in tqdm([T for T in LENGTHS if T not in set(rows["T"])], desc="measuring"):
+            rows = pd.concat([rows, measured(model, corpus, T, MEASURED).assign(code=code)])
+            text = rows.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+            save_atomically(CONTEXT, lambda file, text=text: file.write(text.encode()))
 
 
 if __name__ == "__main__":
