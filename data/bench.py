@@ -30,6 +30,7 @@ from unittest import mock
 import numpy as np
 import pandas as pd
 import torch
+from context import LongGPT
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -217,8 +218,9 @@ def training(plan: Plan) -> list[dict]:
     if plan.nanogpt:
         over.insert(0, "nanoGPT")
         models["nanoGPT"] = nanogpt(plan.nanogpt, config)
+    models["bp, fused"] = LongGPT(config)  # the same layers, and attention that nobody can see
     models |= {method: LocalGPT(replace(config, method=method)) for method in ("bp", "fa", "sign_sym", "dfa")}
-    rules = ("diagonal", "ste", "none", "mean", "running", "balanced_by_attention")
+    rules = ("diagonal", "ste", "none", "mean", "running")
     models |= {rule: LocalGPT(replace(config, softmax_backward=rule)) for rule in rules}
     steps = {name: step(model, config.vocab_size, plan.batch, config.block_size) for name, model in models.items()}
     steps["matrix products"] = products(config, plan.batch)
@@ -469,7 +471,7 @@ PARTS = {part.__name__: part for part in (training, growth, workers, split, capt
 def table(plan: Plan, part: str) -> pd.DataFrame:
     """The rows of a part, each with what it was measured on."""
     rows = pd.DataFrame(PARTS[part](plan)).reindex(columns=COLUMNS).assign(part=part)
-    rows["bound"] = [BOUNDS.get(key) for key in zip(rows["what"], rows["over"], rows["T"], strict=True)]
+    rows["bound"] = [BOUNDS.get(key, np.nan) for key in zip(rows["what"], rows["over"], rows["T"], strict=True)]
     machine = {"torch": str(torch.__version__), "processor": processor(), "threads": torch.get_num_threads()}
     return rows.assign(**machine).astype({name: "Int64" for name in ("B", "H", "T", "C", "L", "workers", "heads")})
 

@@ -38,6 +38,17 @@ def test_the_table_of_bench_is_well_formed(in_process, monkeypatch):
     assert {*zip(grown["T"], grown["B"], grown["C"], strict=True)} == {(8, 2, 16), (16, 1, 16), (16, 2, 8)}
 
 
+def test_parts_are_measured_by_name_and_the_rows_of_others_stay(tmp_path, monkeypatch, capsys):
+    parts = {name: lambda plan: [{"what": "bp", "over": "nanoGPT", "T": 64, "ratio": plan.seconds}] for name in "xy"}
+    monkeypatch.setattr(bench, "PARTS", parts)
+    for given in (["--seconds", "3"], ["y", "--seconds", "0.5"]):
+        monkeypatch.setattr("sys.argv", ["bench.py", *given, "--output", str(tmp_path / "made.csv")])
+        bench.main()
+    table = pd.read_csv(tmp_path / "made.csv")
+    assert table[["part", "ratio", "bound"]].values.tolist() == [["x", 3.0, 1.0], ["y", 0.5, 1.0]]
+    assert capsys.readouterr().out.count("OVER") == 2
+
+
 def test_a_nanogpt_is_taken_from_where_the_user_says(tmp_path):
     made = "print('number of parameters')\ndef GPT(config): return config\n"
     (tmp_path / "model.py").write_text(f"from types import SimpleNamespace as GPTConfig\n{made}")
