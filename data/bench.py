@@ -30,7 +30,7 @@ from unittest import mock
 import numpy as np
 import pandas as pd
 import torch
-from context import LongGPT
+from context import FusedAttention, LongGPT
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -378,11 +378,24 @@ def of_transformers(auto: str, kind: str, implementation: str, **sizes: int) -> 
     return Case(model, lambda: model(input_ids=ids, labels=ids).loss, lambda: model.set_attn_implementation("sdpa"))
 
 
+def of_the_report() -> Case:
+    config = LocalGPTConfig(block_size=T, vocab_size=V, n_layer=L, n_head=H, n_embd=C, method="bp")
+    model, ids = LocalGPT(config), torch.randint(V, (B, T))
+
+    def fuse() -> None:
+        for block in model.blocks:
+            weights, block.attn = block.attn.state_dict(), FusedAttention(config)
+            block.attn.load_state_dict(weights)
+
+    return Case(model, lambda: model(ids, ids)[1], fuse)
+
+
 def encoder() -> nn.Module:
     return nn.TransformerEncoder(nn.TransformerEncoderLayer(C, H, 4 * C, dropout=0.0, batch_first=True), L)
 
 
 CASES = {
+    "the report's model": of_the_report,
     "nn.MultiheadAttention": lambda: of_pytorch(nn.MultiheadAttention(C, H, batch_first=True)),
     "nn.TransformerEncoder": lambda: of_pytorch(encoder()),
     "nanoGPT's block, sdpa": lambda: of_pytorch(nn.Sequential(*(PlainBlock(C, H) for _ in range(L)))),
