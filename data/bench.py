@@ -1,6 +1,6 @@
 """What the learning rules, the capture and the split cost on this machine's CPU: make bench writes data/bench.csv.
 
-    python data/bench.py                       about eight minutes on two cores; other work beside it spoils the times
+    python data/bench.py                       about seven minutes on two cores; other work beside it spoils the times
     python data/bench.py --nanogpt FOLDER      the training step also against nanoGPT's, from a checkout of it
 
 A row a measurement. What is compared is timed in turn, round after round, each round there and back in a new order: a
