@@ -10,7 +10,8 @@ TEXT_READY := report/.work/corpus.txt
 NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb)) notebooks/index.ipynb
 EXECUTED := $(NOTEBOOKS:notebooks/%=$(SITE)/%)
 PAGES := $(wildcard notebooks/*.md)
-OTHERS := data/others.py data/finetune.py data/reactions.csv data/antibodies.csv data/finetuning.csv
+OTHERS := data/others.py data/finetune.py data/reactions.csv data/antibodies.csv data/finetuning.csv \
+    data/bench.py data/bench.csv data/context.py data/context.csv
 SPHINX := $(PY) -m sphinx -q -W --keep-going -E -c notebooks
 
 .PHONY: help report pages test test-all test-report mutants lab sweep bench notebooks setup installed lint clean FORCE
@@ -47,8 +48,8 @@ lab: .venv/.ready $(TEXT_READY)  ## open the notebooks in JupyterLab
 sweep: .venv/.ready $(TEXT_READY)  ## train the runs that data/results.csv still misses (hours)
 	$(PY) data/sweep.py
 
-bench: .venv/.ready $(TEXT_READY)  ## measure what the local rules and the capture cost
-	$(PY) data/bench.py
+bench: .venv/.ready $(TEXT_READY)  ## measure what training, capture and the split cost here: data/bench.csv (minutes)
+	$(PY) data/bench.py $(if $(NANOGPT),--nanogpt $(NANOGPT))
 
 notebooks: .venv/.ready $(TEXT_READY)  ## execute the notebooks in place, to store new outputs (for developers)
 	$(PY) notebooks/execute.py $(NOTEBOOKS)
