@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from playwright.sync_api import Browser, Locator, Page
-from test_report import PHONE, REPORT, VIEWS, browser, pytestmark, visit_page  # noqa: F401 (a fixture, a condition)
+from test_report import PHONE, REPORT, VIEWS, pytestmark, visit_page  # noqa: F401 (a condition)
 
 from helpers import Run, capture_batch, load_corpus, split_softmax_gradient, train, twin
 from model_local import LocalGPT, LocalGPTConfig
@@ -46,7 +46,7 @@ def passage() -> str:
     return start + validation[validation.index(start) + len(start)]
 
 
-def open_explorer(browser: Browser, fragment: str = "") -> tuple[Page, list[str]]:  # noqa: F811
+def open_explorer(browser: Browser, fragment: str = "") -> tuple[Page, list[str]]:
     page, trouble = visit_page(browser, f"explorer.html{fragment}")
     page.locator("#explorer-readout p").first.wait_for()
     return page, trouble
@@ -94,7 +94,7 @@ TEXTS = ["To be, or not to be, that is the question: 3", "zzzzzzzzzzzzzzzzzzzz!"
 
 
 @pytest.fixture(scope="module")
-def models_page(browser: Browser) -> Page:  # noqa: F811
+def models_page(browser: Browser) -> Page:
     page, _ = open_explorer(browser)
     for name in ("model", "bp", "fa"):
         page.add_script_tag(url=f"_static/explorer-{name}.js")
@@ -128,7 +128,7 @@ def test_every_rule_of_the_page_is_tested(models_page: Page) -> None:
     assert offered == models_page.evaluate("LocalGPT.RULES") == tested
 
 
-def test_one_s_own_text_is_shown_head_by_head(browser: Browser) -> None:  # noqa: F811
+def test_one_s_own_text_is_shown_head_by_head(browser: Browser) -> None:
     page, trouble = open_explorer(browser)
     text = "".join(c for c in "To be, or not to be, that is the question: 3" if c in CORPUS.stoi)
     said = type_text(page, text)
@@ -151,7 +151,7 @@ def drawn(page: Page) -> list[str]:
     return page.eval_on_selector_all("#explorer-maps canvas", "all => all.map(canvas => canvas.toDataURL())")
 
 
-def test_a_text_that_cannot_be_read_is_refused_and_the_maps_stay(browser: Browser) -> None:  # noqa: F811
+def test_a_text_that_cannot_be_read_is_refused_and_the_maps_stay(browser: Browser) -> None:
     page, trouble = open_explorer(browser)
     absent = next(c for c in "é{ж" if c not in CORPUS.stoi)
     maps = drawn(page)
@@ -164,7 +164,7 @@ def test_a_text_that_cannot_be_read_is_refused_and_the_maps_stay(browser: Browse
     assert not trouble, "\n".join(trouble)
 
 
-def test_changes_are_those_of_07(browser: Browser) -> None:  # noqa: F811
+def test_changes_are_those_of_07(browser: Browser) -> None:
     a, g = attention_and_error(trained("bp").at(200), passage())
     head, query, key, temperature, times, weight = 9, 21, 5, 2.0, -1.5, 0.3
     address = f"#method=bp&step=200&head=L2H1&query={query}&key={key}&temperature={temperature}&constant={times}"
@@ -184,7 +184,7 @@ def test_changes_are_those_of_07(browser: Browser) -> None:  # noqa: F811
     assert not trouble, "\n".join(trouble)
 
 
-def test_it_opens_where_the_lateral_part_is_largest(browser: Browser) -> None:  # noqa: F811
+def test_it_opens_where_the_lateral_part_is_largest(browser: Browser) -> None:
     page, trouble = open_explorer(browser)
     shares, text = {}, passage()
     for method in ("bp", "fa"):
@@ -197,7 +197,7 @@ def test_it_opens_where_the_lateral_part_is_largest(browser: Browser) -> None:  
     assert not trouble, "\n".join(trouble)
 
 
-def test_the_grid_names_each_head_by_its_place_and_its_cosine(browser: Browser) -> None:  # noqa: F811
+def test_the_grid_names_each_head_by_its_place_and_its_cosine(browser: Browser) -> None:
     page, trouble = open_explorer(browser)
     page.locator("#explorer-step label", has_text=re.compile("^100$")).click()
     page.wait_for_timeout(300)
@@ -235,7 +235,7 @@ def settled(picture: Locator) -> bytes:
         pytest.param(lambda page: page.evaluate("location.hash = '#step=500'"), id="another address"),
     ],
 )
-def test_the_picture_answers(browser: Browser, act: Callable[[Page], None]) -> None:  # noqa: F811
+def test_the_picture_answers(browser: Browser, act: Callable[[Page], None]) -> None:
     page, trouble = open_explorer(browser)
     picture = page.locator("#explorer-map-d")  # never in focus here: a mere focus ring is no answer
     before = settled(picture)
@@ -251,7 +251,7 @@ def scales(page: Page) -> list[str]:
     )
 
 
-def test_locked_scales_stay_and_two_heads_share_theirs(browser: Browser) -> None:  # noqa: F811
+def test_locked_scales_stay_and_two_heads_share_theirs(browser: Browser) -> None:
     page, trouble = open_explorer(browser)
     before = scales(page)
     page.locator("#explorer-lock").check()
@@ -270,7 +270,7 @@ def test_locked_scales_stay_and_two_heads_share_theirs(browser: Browser) -> None
     assert not trouble, "\n".join(trouble)
 
 
-def test_the_address_holds_everything(browser: Browser) -> None:  # noqa: F811
+def test_the_address_holds_everything(browser: Browser) -> None:
     address = (
         "#method=bp&step=100&head=L2H3&query=30&key=7&beside=L0H1&temperature=0.5&constant=2"
         "&weight=0.25&lock=1,2,3,4,5,6"
@@ -288,7 +288,7 @@ def test_the_address_holds_everything(browser: Browser) -> None:  # noqa: F811
     assert not trouble + trouble_of_wrong, "\n".join(trouble + trouble_of_wrong)
 
 
-def test_controls_and_maps_are_in_view_together(browser: Browser) -> None:  # noqa: F811
+def test_controls_and_maps_are_in_view_together(browser: Browser) -> None:
     page, _ = open_explorer(browser)
     page.set_viewport_size({"width": 1440, "height": 900})
     page.wait_for_timeout(300)
@@ -301,7 +301,7 @@ def test_controls_and_maps_are_in_view_together(browser: Browser) -> None:  # no
     assert page.locator("#explorer-controls").bounding_box()["y"] >= 0
 
 
-def test_maps_have_the_ground_of_the_page(browser: Browser) -> None:  # noqa: F811
+def test_maps_have_the_ground_of_the_page(browser: Browser) -> None:
     """A weight of nearly nothing is drawn in the page's own colour, in both schemes."""
     page, _ = open_explorer(browser, "#temperature=0.01")
     for scheme, *_ in (VIEWS["light"], VIEWS["dark"]):
@@ -317,7 +317,7 @@ def test_maps_have_the_ground_of_the_page(browser: Browser) -> None:  # noqa: F8
         assert (sum(ground) < 384) == (scheme == "dark")
 
 
-def test_a_tap_picks_on_a_phone(browser: Browser) -> None:  # noqa: F811
+def test_a_tap_picks_on_a_phone(browser: Browser) -> None:
     context = browser.new_context(offline=True, viewport=PHONE, has_touch=True, is_mobile=True)
     page = context.new_page()
     page.goto(f"{REPORT.as_uri()}/explorer.html")
@@ -328,7 +328,7 @@ def test_a_tap_picks_on_a_phone(browser: Browser) -> None:  # noqa: F811
     context.close()
 
 
-def test_any_text_is_written_as_text(browser: Browser, tmp_path: Path) -> None:  # noqa: F811
+def test_any_text_is_written_as_text(browser: Browser, tmp_path: Path) -> None:
     hostile = [
         "<img src=x onerror=alert(1)>",
         "<script>document.title = 'taken'</script>",

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from bs4 import BeautifulSoup
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 from conf import release
 from pages import efforts, solutions
@@ -68,14 +68,9 @@ def visit_page(browser: Browser, address: str, report: Path = REPORT) -> Visit:
     page.goto(f"{report.as_uri()}/{address}")
     page.evaluate("window.MathJax?.startup.promise")
     page.eval_on_selector_all("details", "all => all.forEach(details => details.open = true)")
-    page.add_style_tag(content="* { transition: none !important }")  # colours are measured right after a change
+    # colours are measured at once
+    page.add_style_tag(content="* { transition: none !important; animation: none !important }")
     return Visit(page, trouble)
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=CHROMIUM)
 
 
 @pytest.fixture(scope="module", params=PAGES)
