@@ -45,7 +45,7 @@ mutants: .venv/.ready $(TEXT_READY)  ## plant faults at random, count those that
 lab: .venv/.ready $(TEXT_READY)  ## open the notebooks in JupyterLab
 	$(PY) -m jupyterlab notebooks
 
-sweep: .venv/.ready $(TEXT_READY)  ## train the runs that data/results.csv still misses (hours)
+sweep: .venv/.ready $(TEXT_READY)  ## train the runs that data/second_edition.csv still misses (hours)
 	$(PY) data/sweep.py
 
 bench: .venv/.ready $(TEXT_READY)  ## measure what training, capture and the split cost here: data/bench.csv (minutes)
