@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from playwright.sync_api import Browser, Locator, Page
-from test_report import PHONE, REPORT, VIEWS, pytestmark, visit_page  # noqa: F401 (a condition)
+from test_report import PHONE, REPORT, VIEWS, visit_page
 
 from helpers import Run, capture_batch, load_corpus, split_softmax_gradient, train, twin
 from model_local import LocalGPT, LocalGPTConfig

@@ -6,7 +6,6 @@ REPORT=FOLDER tests another copy. Every page is opened once, for all of its test
 import io
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -30,7 +29,6 @@ PAGES = sorted(path.relative_to(REPORT).as_posix() for path in FILES if path.suf
 # all of it, with the two models that the explorer loads when asked; the front page without fonts and MathJax
 MAX_BYTES, MAX_BYTES_FRONT = 20e6, 1.5e6
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 # What the reader's system asks for, the report's own theme button, the window.
 VIEWS = {
@@ -41,7 +39,6 @@ VIEWS = {
 # With what is around it: the beginning of a TeX command, or a delimiter.
 RAW_TEX = re.compile(r".{0,40}(?:\\[a-zA-Z()\[\]]|\$[^$]*\$).{0,40}")
 
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no browser: install Chromium (Debian: apt install chromium)")
 if not (REPORT / "index.html").is_file():
     pytest.fail(f"there is no {REPORT / 'index.html'}: make report first", pytrace=False)
 
