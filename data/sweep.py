@@ -287,6 +287,7 @@ PLANS |= {
     )
     for name in STABILISERS
 }
+PLANS["held"] = dataclasses.replace(PLANS["stabilisers-qk_fixed"], lrs=(3e-4,), screen=False)
 PLANS |= {
     f"doses-{arm}": _beside("recall", arm, [name for name in PROBES if name.endswith("b")], seeds=FOUR)
     for arm in ("off", "exact")
