@@ -2229,7 +2229,7 @@ def plot_harm(table: pd.DataFrame) -> np.ndarray:
         ax.set_ylim(-0.6, len(part) - 0.4)
         words = [group["task"], group["method"]]
         words += [said.format(group[name]) for name, said in unusual.items() if group[name] != usual[name]]
-        ax.set_title(f"{', '.join(words)}, {group['steps']:,} steps", fontsize="small")
-    axes[-1].margins(x=0.2)
+        ax.set_title(f"{', '.join(words)}, {group['steps']:,} iterations", fontsize="small")
+        ax.margins(x=0.2)  # for the words
     axes[-1].set_xlabel("harm (0: full, 1: Q and K never trained)")
     return axes
