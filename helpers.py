@@ -2176,6 +2176,22 @@ def plot_head_map(
     return ax
 
 
+def plot_split(attn: Tensor, grad: Tensor, keys: Iterable[str], ax: Axes | None = None) -> Axes:
+    """A row's gradient as a sum, key by key: a bar d from zero, o on from where d ends, and f = d + o from zero.
+
+    attn, grad: the weights of one query's keys and the errors that arrive at them, (n,) each; keys: n labels.
+    """
+    ax = ax or plt.gca()
+    f, d, o = (part.numpy() for part in split_softmax_gradient(attn, grad))
+    for i, (name, height, bottom) in enumerate((("diag", d, 0), ("offdiag", o, d), ("full", f, 0))):
+        ax.bar(np.arange(len(f)) + 0.27 * (i - 1), height, 0.25, bottom, color=COLORS[name], label="dof"[i])
+    ax.axhline(0, color="0.7", linewidth=0.8)
+    ax.set_xticks(range(len(f)), keys)
+    ax.set(xlabel="key", ylabel="gradient at the score")
+    ax.legend(ncols=3)
+    return ax
+
+
 def signed_scale(maps: Tensor, linear: float = 0.01) -> SymLogNorm:
     """A scale for signed values, centred on zero: logarithmic beyond the fraction ``linear`` of the largest size."""
     high = torch.where(maps.isfinite(), maps.abs(), 0).max().item() or 1.0  # maps of zeros have a scale, too
