@@ -2185,6 +2185,7 @@ def plot_split(attn: Tensor, grad: Tensor, keys: Iterable[str], ax: Axes | None 
     f, d, o = (part.numpy() for part in split_softmax_gradient(attn, grad))
     for i, (name, height, bottom) in enumerate((("diag", d, 0), ("offdiag", o, d), ("full", f, 0))):
         ax.bar(np.arange(len(f)) + 0.27 * (i - 1), height, 0.25, bottom, color=COLORS[name], label="dof"[i])
+    ax.use_sticky_edges = False  # else no room is left where bars end
     ax.axhline(0, color="0.7", linewidth=0.8)
     ax.set_xticks(range(len(f)), keys)
     ax.set(xlabel="key", ylabel="gradient at the score")
