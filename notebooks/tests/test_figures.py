@@ -373,7 +373,7 @@ def test_figure_1_1_takes_a_row_apart_without_and_with_a_constant():
         (points,) = (line for line in above.lines if line.get_label() == "error g")
         np.testing.assert_allclose(points.get_ydata(), g)
         np.testing.assert_allclose([bar.get_height() for bar in above.containers[0]], a)
-        np.testing.assert_allclose(levels(above), [b])
+        np.testing.assert_allclose(levels(above), [b], rtol=1e-6)
         numbers = shown.value.loc[constant]
         for name, part in {"a": a, "g": g, "d": d, "o": o, "f": f}.items():
             np.testing.assert_allclose(numbers[name], part, atol=6e-4)

@@ -38,6 +38,7 @@ UNREAD = [
         FORMULA,  # but see ``is_read``
         r"^#+ \d+|^\s*\d+\. ",  # the number of a page, of a section, in a list
         r"(?:[Ss]ections?|[Ee]xercises?|Figures?|[Pp]lan|Python) \d(?:\.?\d)?(?: (?:and|to) \d(?:\.?\d)?)?",
+        r"[Hh]ead \d+\.\d\b",  # layer and head
         r"(?<![\d.])0\d\b(?!\.)|\[[19]0\b",  # a page
         r"\b(?:19|20)\d\d\b",  # a year
         r"\d+ – \d+",  # minutes in a timetable
