@@ -2149,6 +2149,15 @@ def printable(text: str) -> list[str]:
     return [shapes.get(c, c if c.isprintable() else c.encode("unicode_escape").decode()) for c in text]
 
 
+def head_names(table: pd.DataFrame) -> list[str]:
+    """How figures and tables name the heads in the rows of ``table``, by their layer and their number in it.
+
+    >>> head_names(pd.DataFrame({"layer": [0, 1], "head": [3, 0]}))
+    ['L0H3', 'L1H0']
+    """
+    return [f"L{layer}H{head}" for layer, head in zip(table["layer"], table["head"], strict=True)]
+
+
 def plot_head_map(
     values: Tensor,
     text: str | None = None,
