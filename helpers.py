@@ -2149,6 +2149,15 @@ def printable(text: str) -> list[str]:
     return [shapes.get(c, c if c.isprintable() else c.encode("unicode_escape").decode()) for c in text]
 
 
+def head_names(table: pd.DataFrame) -> list[str]:
+    """How figures and tables name the heads in the rows of ``table``, by their layer and their number in it.
+
+    >>> head_names(pd.DataFrame({"layer": [0, 1], "head": [3, 0]}))
+    ['L0H3', 'L1H0']
+    """
+    return [f"L{layer}H{head}" for layer, head in zip(table["layer"], table["head"], strict=True)]
+
+
 def plot_head_map(
     values: Tensor,
     text: str | None = None,
@@ -2173,6 +2182,23 @@ def plot_head_map(
     if text is not None:
         ax.tick_params(labelsize=9, length=0)
         ax.set(xlabel="key", ylabel="query")
+    return ax
+
+
+def plot_split(attn: Tensor, grad: Tensor, keys: Iterable[str], ax: Axes | None = None) -> Axes:
+    """A row's gradient as a sum, key by key: a bar d from zero, o on from where d ends, and f = d + o from zero.
+
+    attn, grad: the weights of one query's keys and the errors that arrive at them, (n,) each; keys: n labels.
+    """
+    ax = ax or plt.gca()
+    f, d, o = (part.numpy() for part in split_softmax_gradient(attn, grad))
+    for i, (name, height, bottom) in enumerate((("diag", d, 0), ("offdiag", o, d), ("full", f, 0))):
+        ax.bar(np.arange(len(f)) + 0.27 * (i - 1), height, 0.25, bottom, color=COLORS[name], label="dof"[i])
+    ax.use_sticky_edges = False  # else no room is left where bars end
+    ax.axhline(0, color="0.7", linewidth=0.8)
+    ax.set_xticks(range(len(f)), keys)
+    ax.set(xlabel="key", ylabel="gradient at the score")
+    ax.legend(ncols=3)
     return ax
 
 

@@ -30,6 +30,7 @@ from helpers import CATASTROPHIC, COLORS, DIVERGING, GROUP, SEQUENTIAL, TOLERABL
 NOTEBOOKS = Path(__file__).parents[1]
 L, H, B, T = 2, 3, 4, 5
 NAMES = {"fa": "feedback alignment", "bp": "backpropagation"}
+HEADS = [f"L{layer}H{head}" for layer in range(L) for head in range(H)]
 NASTY = "a \n\t\0\x1b\x7f\x85<b>&\u200b$^_\\é"  # every kind of trouble that a text may bring
 
 
@@ -361,13 +362,32 @@ def test_the_front_page_draws_every_verdict_and_its_table_has_the_numbers(real):
 # ---- 01 ----
 
 
-def test_figure_1_1_shows_the_jacobians_on_one_scale_that_holds_them():
+def test_figure_1_1_takes_a_row_apart_without_and_with_a_constant():
+    shown = run("01_softmax_jacobian", "figure-1-1", "numbers-1-1")
+    a, panels = shown.row, shown.axes
+    for (above, below), constant in zip(panels.T, (0, 2), strict=True):
+        g = shown.row_errors + constant
+        b = (a * g).sum()
+        f, d, o = a * (g - b), a * (1 - a) * g, -a * (b - a * g)
+        assert_row(below, f, d, o, "12345", atol=1e-6)  # in float32 here
+        (points,) = (line for line in above.lines if line.get_label() == "error g")
+        np.testing.assert_allclose(points.get_ydata(), g)
+        np.testing.assert_allclose([bar.get_height() for bar in above.containers[0]], a)
+        np.testing.assert_allclose(levels(above), [b], rtol=1e-6)
+        numbers = shown.value.loc[constant]
+        for name, part in {"a": a, "g": g, "d": d, "o": o, "f": f}.items():
+            np.testing.assert_allclose(numbers[name], part, atol=6e-4)
+    assert [words_over(above) for above in panels[0]][1].endswith("with a constant added to all errors")
+    assert set(legend(panels[0, 1])) == {"weight a", "error g", "lateral sum b"}
+
+
+def test_figure_1_2_shows_the_jacobians_on_one_scale_that_holds_them():
     shown = run(
         "01_softmax_jacobian",
         "def jacobian(",
         "by_autograd = torch.autograd.functional",
-        "figure-1-1",
-        "numbers-1-1",
+        "figure-1-2",
+        "numbers-1-2",
         N_KEYS=4,
     )
     for name, s in shown.scores.items():
@@ -381,12 +401,12 @@ def test_figure_1_1_shows_the_jacobians_on_one_scale_that_holds_them():
         assert (ax.get_xlabel(), ax.get_ylabel()) == ("key j", "key i") and ax.yaxis_inverted()
 
 
-def test_figure_1_2_draws_the_ratios_over_the_constant():
+def test_figure_1_3_draws_the_ratios_over_the_constant():
     torch.manual_seed(0)
     attn = random_layers(heads=1)[0].attn
     names = {"attn": attn, "errors": torch.randn(B, T, T), "as_maps": lambda rows: rows[:, None].double()}
     ratios = ["r_diag", "r_offdiag", "r_cross", "one_minus_r_diag"]
-    shown = run("01_softmax_jacobian", "figure-1-2", "numbers-1-2", **names, ratios=ratios)
+    shown = run("01_softmax_jacobian", "figure-1-3", "numbers-1-3", **names, ratios=ratios)
     ax = plt.gca()
     label_of = {"one_minus_r_diag": "1 - r_diag"}
     by_label = {line.get_label(): np.column_stack(line.get_data()) for line in ax.lines}
@@ -404,10 +424,22 @@ def test_figure_1_2_draws_the_ratios_over_the_constant():
 # ---- 02 ----
 
 
-def test_figure_2_1_draws_each_method_s_loss_and_the_lines_to_compare_it_with():
+def test_figure_2_1_has_each_rule_s_way_back():
+    shown = run("02_training", "figure-2-1")
+    for ax, (method, words) in zip(shown.axes, shown.title.items(), strict=True):
+        assert words_over(ax) == words
+        forwards = [(a.xyann[0], a.xy[0]) for a in ax.texts if a.get_text() == "" and a.xy[1] > 0]
+        backwards = [(a.xyann[0], a.xy[0]) for a in ax.texts if a.get_text() == "" and a.xy[1] < 0]
+        assert sorted(forwards) == [(0, 1), (1, 2), (2, 3)]
+        assert sorted(backwards) == ([(3, 0), (3, 1), (3, 2)] if method == "dfa" else [(1, 0), (2, 1), (3, 2)])
+        colors = {to_hex(a.arrow_patch.get_edgecolor()) for a in ax.texts if a.get_text() == "" and a.xy[1] < 0}
+        assert colors == {COLORS[method].lower()}
+
+
+def test_figure_2_2_draws_each_method_s_loss_and_the_lines_to_compare_it_with():
     losses = {"fa": pd.Series([4.0, 3.0, 2.5], [0, 50, 100]), "bp": pd.Series([4.1, 2.0, 1.5], [0, 50, 100])}
     runs = {method: SimpleNamespace(series={"val_loss": loss}.get) for method, loss in losses.items()}
-    shown = run("02_training", "figure-2-1", "numbers-2-1", runs=runs, references={"unigram": 3.3, "bigram": 2.4})
+    shown = run("02_training", "figure-2-2", "numbers-2-2", runs=runs, references={"unigram": 3.3, "bigram": 2.4})
     ax = plt.gca()
     for method, loss in losses.items():
         (line,) = lines(ax)[COLORS[method].lower()]
@@ -419,11 +451,11 @@ def test_figure_2_1_draws_each_method_s_loss_and_the_lines_to_compare_it_with():
     assert ax.get_xlabel() == "training step" and ax.get_ylabel() == "validation loss (nats per token)"
 
 
-def test_figure_2_2_averages_over_maps_on_the_left_and_over_blocks_on_the_right():
+def test_figure_2_3_averages_over_maps_on_the_left_and_over_blocks_on_the_right():
     maps = ["q_proj", "k_proj", "v_proj"]
     inside = pd.DataFrame(product((0, 50), "01", maps), columns=["step", "block", "map"])
     inside["value"] = inside["step"] + 10 * inside["block"].astype(int) + inside["map"].map(maps.index) ** 2
-    shown = run("02_training", "figure-2-2", "numbers-2-2", inside=inside, config=SimpleNamespace(n_layer=2))
+    shown = run("02_training", "figure-2-3", "numbers-2-3", inside=inside, config=SimpleNamespace(n_layer=2))
     left, right = plt.gcf().axes
     assert words_over(left).startswith("mean over the six maps") and "blocks" in words_over(right)
     for ax, column in ((left, "block"), (right, "map")):
@@ -437,54 +469,34 @@ def test_figure_2_2_averages_over_maps_on_the_left_and_over_blocks_on_the_right(
     assert left.get_xlabel() == "training step" and left.get_ylabel() == "cosine of FA's gradient with BP's"
 
 
+# ---- 03 ----
+
+
+def test_figure_3_1_leads_the_way_back_to_the_hook_and_not_to_the_copy():
+    shown = run("03_capture", "figure-3-1")
+    names = {place: name for name, place in shown.places.items()}
+    arrows = {"#000000": set(), "#999999": set()}
+    for a in shown.ax.texts:
+        if a.get_text() == "":
+            ends = (tuple(np.rint(np.multiply(4, end)) / 4) for end in (a.xyann, a.xy))
+            arrows[to_hex(a.arrow_patch.get_edgecolor())].add(tuple(names[end] for end in ends))
+    chain = set(zip(shown.chain, shown.chain[1:], strict=False))
+    assert arrows["#999999"] == chain | {("weights A", "clone of A")}
+    assert arrows["#000000"] == {pair[::-1] for pair in chain} | {("weights A", "hook")}
+
+
 # ---- 04 ----
-
-
-def test_figure_4_1_has_layers_down_heads_across_and_one_scale_for_both_methods():
-    quantities = {"r_diag": "diagonal", "r_offdiag": "off-diagonal", "r_cross": "cross", "cos_diag": "cosine d, f"}
-    tables = {"fa": head_table(1, *quantities), "bp": head_table(2, *quantities)}
-    run("04_energy_split", "figure-4-1", tables=tables, names=NAMES)
-    axes = by_title()
-    for quantity, label in quantities.items():
-        both = pd.concat(tables.values())[quantity]
-        for row, (method, table) in enumerate(tables.items()):
-            ax = axes[f"{method.upper()}: {label}"]
-            assert ax.get_subplotspec().rowspan.start == row
-            mesh = ax.collections[0]
-            written = {tuple(np.subtract(text.get_position(), 0.5)[::-1]): text.get_text() for text in ax.texts}
-            for cell in table.itertuples():
-                value = getattr(cell, quantity)
-                assert mesh.get_array().reshape(L, H)[cell.layer, cell.head] == value
-                assert written[cell.layer, cell.head] == f"{value:.2f}"
-            low, high = mesh.get_clim()
-            assert low <= both.min() and high >= both.max()
-            signed = quantity == "r_cross"
-            assert mesh.get_cmap().name == (DIVERGING if signed else SEQUENTIAL)
-            assert (low == -high) if signed else (low, high) == (both.min(), both.max())
-            assert list(ticks(ax.xaxis).values()) == ["0", "1", "2"] and list(ticks(ax.yaxis).values()) == ["0", "1"]
-            assert (ax.get_xlabel(), ax.get_ylabel()) == ("head", "layer")
-            assert ax.yaxis_inverted() and not ax.xaxis_inverted()
-
-
-def test_grids_of_constant_and_of_undefined_numbers_draw():
-    cell = run("04_energy_split", "figure-4-1", only=ast.FunctionDef)
-    for value in (0.5, -0.5, 0.0, np.nan):
-        _, ax = plt.subplots()
-        cell.plot_head_grid(head_table(1).assign(x=value), "x", (value, value), ax)
-        plt.gcf().canvas.draw()
-        shown = ax.collections[0].get_array()
-        assert (shown.mask.all() if np.isnan(value) else (shown == value).all()) and shown.size == L * H
 
 
 INTERVALS = {
     "figure-4-2": {"r_diag": "diag", "r_offdiag": "offdiag", "r_cross": "cross"},
-    "figure-4-8": {"cos_diag": "diag", "cos_ste": "ste", "cos_ste_unmasked": "full"},
+    "figure-4-4": {"cos_diag": "diag", "cos_ste": "ste", "cos_ste_unmasked": "full"},
 }
 
 
 def assert_intervals(ax, table, quantities):
     assert [bars.get_label() for bars in ax.containers] == list(quantities)
-    assert list(ticks(ax.xaxis).values()) == ["0.0", "0.1", "0.2", "1.0", "1.1", "1.2"]
+    assert list(ticks(ax.xaxis).values()) == HEADS
     places, markers = [], set()
     for (quantity, color), (points, _, (bars,)) in zip(quantities.items(), ax.containers, strict=True):
         x, y = points.get_data()
@@ -505,20 +517,21 @@ def test_intervals_stand_at_their_head_from_their_lower_to_their_upper_end(figur
     quantities = INTERVALS[figure]
     tables = {"fa": head_table(1, *quantities), "bp": head_table(2, *quantities)}
     function = vars(run("04_energy_split", "figure-4-2", only=ast.FunctionDef))
-    numbers = ["numbers-4-8"] if figure == "figure-4-8" else []
+    numbers = ["numbers-4-4"] if figure == "figure-4-4" else []
     shown = run("04_energy_split", figure, *numbers, **{**function, "tables": tables, "names": NAMES})
     axes = by_title()
     for method, name in NAMES.items():
         assert_intervals(axes[name], tables[method], quantities)
         assert axes[name].get_ylim() == axes[NAMES["fa"]].get_ylim()
     assert list(legend(axes[NAMES["fa"]])) == list(quantities)
-    assert axes[NAMES["bp"]].get_xlabel() == "layer.head"
+    assert axes[NAMES["bp"]].get_xlabel() == "layer and head"
     if figure == "figure-4-2":
         assert levels(axes[NAMES["fa"]]) == [0, 1] and axes[NAMES["fa"]].get_ylabel() == "energy / energy of f"
     else:
         assert axes[NAMES["fa"]].get_ylim() == (0, 1) and axes[NAMES["fa"]].get_ylabel() == "cosine with f"
         expected = tables["bp"]["cos_ste_unmasked_hi"].round(3).tolist()
-        assert shown.value.loc["bp", "cos_ste_unmasked_hi"].tolist() == expected
+        numbers = shown.value.loc["bp", "cos_ste_unmasked_hi"]
+        assert numbers.tolist() == expected and numbers.index.tolist() == HEADS
 
 
 def test_intervals_of_four_quantities_draw():
@@ -530,82 +543,44 @@ def test_intervals_of_four_quantities_draw():
     assert_intervals(ax, table, quantities)
 
 
-def map_figures():
-    """The four grids of maps, each with what it should show, from the formulas."""
-    layers = random_layers()
-    a, g = (torch.stack([getattr(layer, name) for layer in layers]) for name in ("attn", "grad"))  # (L, B, H, T, T)
-    d = a * (1 - a) * g
-    o = a * (g - (a * g).sum(-1, keepdim=True)) - d
-    yield "figure-4-3", a[:, 0], SEQUENTIAL, "attention weight", "attends"
-    yield "figure-4-4", d.square().mean(1), SEQUENTIAL, "energy of d, squared nats", "Diagonal energy"
-    yield "figure-4-5", o.square().mean(1), SEQUENTIAL, "energy of o, squared nats", "Off-diagonal energy"
-    yield "figure-4-6", 2 * (d * o).mean(1), DIVERGING, "cross energy 2 d o, squared nats", "Cross energy"
-
-
-def test_grids_of_maps_have_each_head_in_its_place_on_one_scale_that_holds_them_all():
-    figures = list(map_figures())
-    run("04_energy_split", *(figure[0] for figure in figures), captured={"fa": random_layers()})
-    for number, (_, maps, cmap, label, words) in zip(plt.get_fignums(), figures, strict=True):
-        *panels, colorbar = plt.figure(number).axes
-        assert len(panels) == L * H
-        norm = panels[0].images[0].norm
-        for ax in panels:
-            place = ax.get_subplotspec()
-            layer, head = place.rowspan.start, place.colspan.start
-            assert ax.get_title() == f"{layer}.{head}"
-            shown = ax.images[0].get_array()
-            assert (shown.mask == ~np.tri(T, dtype=bool)).all()
-            np.testing.assert_allclose(shown.filled(0), np.tril(maps[layer, head]), rtol=1e-9)
-            assert ax.images[0].norm is norm and ax.images[0].get_cmap().name == cmap and ax.yaxis_inverted()
-            assert ax.get_xlabel() == "key" * (layer == L - 1) and ax.get_ylabel() == "query" * (head == 0)
-        seen = maps[..., torch.ones(T, T).tril().bool()]
-        assert norm.vmax >= seen.max() * (1 - 1e-12)
-        if cmap == DIVERGING:
-            assert norm.vmin == -norm.vmax <= seen.min() and norm(0) == 0.5
-        elif label == "attention weight":
-            assert (norm.vmin, norm.vmax) == (0, 1)
-        else:
-            assert norm.clip and norm.vmin == pytest.approx(norm.vmax / 1000) and isinstance(norm, LogNorm)
-        assert (
-            colorbar.get_ylabel() == label
-            and colorbar.get_ylim() == pytest.approx((norm.vmin, norm.vmax))
-            and words in title()
-        )
-
-
-def test_figure_4_7_shows_the_head_whose_parts_cancel_most_on_its_text():
+def test_figure_4_3_shows_the_head_whose_parts_cancel_most_on_its_text():
     size = 14
     layers = random_layers(size=size)
-    splits = [helpers.split_softmax_gradient(layer.attn, layer.grad) for layer in layers]
-    table = head_table(1, "r_cross").assign(r_cross=[-0.1, -0.2, -0.3, -0.4, -0.9, -0.5])  # head 1.1
+    table = head_table(1, "r_cross").assign(r_cross=[-0.1, -0.2, -0.3, -0.4, -0.9, -0.5])  # L1H1
     text = "To be, or not:"
-    names = {"tables": {"fa": table}, "layers": layers, "splits": splits, "x": torch.arange(size)[None]}
+    names = {"tables": {"fa": table}, "captured": {"fa": layers}, "x": torch.arange(size)[None]}
     corpus = SimpleNamespace(is_shakespeare=False, decode=lambda ids: "".join(text[i] for i in ids))
-    shown = run("04_energy_split", "figure-4-7", "numbers-4-7", corpus=corpus, **names)
+    shown = run("04_energy_split", "figure-4-3", "numbers-4-3", corpus=corpus, **names)
     a, g = layers[1].attn[0, 1], layers[1].grad[0, 1]
     tri = torch.ones(size, size).tril().bool()
     d = a * (1 - a) * g
-    parts = {"attention a": a, "diagonal d": d, "off-diagonal o": a * (g - (a * g).sum(-1, keepdim=True)) - d}
+    parts = {"attention a": a, "diagonal d": d, "full f = d + o": a * (g - (a * g).sum(-1, keepdim=True))}
+    parts["off-diagonal o"] = parts["full f = d + o"] - d
+    signed = torch.stack([part for label, part in parts.items() if label != "attention a"])
     for label, part in parts.items():
         ax = by_title()[label]
         np.testing.assert_allclose(ax.images[0].get_array().filled(0), part, atol=1e-12)
         assert list(ticks(ax.xaxis).values()) == list(ticks(ax.yaxis).values()) == printable(text)
         low, high = ax.images[0].get_clim()
-        assert low <= part[tri].min() and high >= part[tri].max() - 1e-12
-        if label != "attention a":
-            assert low == -high and ax.images[0].get_cmap().name == DIVERGING
+        if label == "attention a":
+            assert (low, high) == (0, 1) and ax.images[0].get_cmap().name == SEQUENTIAL
+        else:
+            assert high == -low == pytest.approx(signed[:, tri].abs().max())
+            assert ax.images[0].get_cmap().name == DIVERGING
         numbers = shown.value.loc[label].astype(float)
         np.testing.assert_allclose(numbers, part, atol=1e-3 * part.abs().max())
         assert numbers.index.tolist() == numbers.columns.tolist() == printable(text)
-    assert title().startswith("FA head 1.1:")
+    assert title().startswith("FA head L1H1:")
+    bars = [ax.get_xlabel() for ax in plt.gcf().axes[4:]]
+    assert bars == ["weight", "gradient at the score (nats)"]
 
 
-def test_figure_4_9_has_a_point_a_head_and_a_dash_at_the_mean():
+def test_figure_4_1_has_a_point_a_head_and_a_dash_at_the_mean():
     choices = ["nothing", "plain mean of g", "lateral sum b"]
     columns = ["method", "layer", "subtracted from g", "head"]
     centred = pd.DataFrame(product(NAMES.values(), ["layer 0", "layer 1"], choices, range(H)), columns=columns)
     centred["cosine"] = np.random.default_rng(0).uniform(0.5, 1, len(centred))
-    shown = run("04_energy_split", "figure-4-9", "numbers-4-9", centred=centred)
+    shown = run("04_energy_split", "figure-4-1", "numbers-4-1", centred=centred)
     ax = plt.gca()
     assert list(ticks(ax.xaxis).values()) == choices
     points, dashes = {}, {}
@@ -629,12 +604,12 @@ def test_figure_4_9_has_a_point_a_head_and_a_dash_at_the_mean():
     assert low == 0 and high >= 1 and ax.get_ylabel() == "cosine of the diagonal part with f"
 
 
-def test_figure_4_10_draws_the_mean_over_heads_and_a_band_that_holds_them_all():
+def test_figure_4_5_draws_the_mean_over_heads_and_a_band_that_holds_them_all():
     quantities = ["r_diag", "cos_diag", "common_mode", "entropy"]
     moments = list(product(NAMES, (0, 50, 100)))
     tables = [head_table(i, *quantities).assign(method=m, step=step) for i, (m, step) in enumerate(moments)]
     over_training = pd.concat(tables)
-    run("04_energy_split", "figure-4-10", over_training=over_training)
+    run("04_energy_split", "figure-4-5", over_training=over_training)
     for ax, quantity in zip(plt.gcf().axes, quantities, strict=True):
         words = {"r_diag": "r_diag", "cos_diag": "cosine", "common_mode": "common mode", "entropy": "entropy"}
         assert words[quantity] in ax.get_ylabel() and (ax.get_yscale() == "log") == (quantity == "r_diag")
@@ -789,22 +764,22 @@ def parts_of(scores, g):
     return a, a * (g - b), a * (1 - a) * g, -a * (b - a * g)
 
 
-def assert_row(ax, f, d, o, text):
+def assert_row(ax, f, d, o, text, atol=1e-12):
     """Bars: d from zero, o from where d ends, f from zero; side by side at their key, in their colours."""
     shown = {bars.get_label(): bars for bars in ax.containers}
     at = np.arange(len(f))
     places = []
     for name, color, start, end in (("d", "diag", 0 * d, d), ("o", "offdiag", d, f), ("f", "full", 0 * f, f)):
         bars = shown[name].patches
-        np.testing.assert_allclose([bar.get_y() for bar in bars], start, atol=1e-12)
-        np.testing.assert_allclose([bar.get_y() + bar.get_height() for bar in bars], end, atol=1e-12)
+        np.testing.assert_allclose([bar.get_y() for bar in bars], start, atol=atol)
+        np.testing.assert_allclose([bar.get_y() + bar.get_height() for bar in bars], end, atol=atol)
         assert {to_hex(bar.get_facecolor()) for bar in bars} == {COLORS[color].lower()}
         centres = np.array([bar.get_x() + bar.get_width() / 2 for bar in bars])
         assert (np.rint(centres) == at).all()
         places.append(centres)
     assert (np.diff(places, axis=0) > 0.2).all()
     assert list(ticks(ax.xaxis).values()) == printable(text) and ax.get_xlabel() in ("key", "")
-    assert ax.get_ylabel() == "gradient at the score"
+    assert ax.get_ylabel() in ("gradient at the score", "")
     torch.testing.assert_close(f, d + o)
 
 
@@ -813,7 +788,7 @@ def test_figure_7_1_takes_a_row_apart_with_three_constants():
     capture = captured_text(40)
     names = {"capture_text": capture, "text": text, "layer": 1, "head": 0, "method": "fa", "step": 50}
     with warnings.catch_warnings(action="ignore", category=UserWarning):
-        n = run("07_explore", "def change(", "def draw_row(", "figure-7-1", **names).n
+        n = run("07_explore", "figure-7-1", **names).n
     scores, g = (maps[1, 0] for maps in capture(text, "fa", 50))
     spread = g[scores.isfinite()].std(correction=0)
     for ax, times in zip(plt.gcf().axes, (-1, 0, 1), strict=True):

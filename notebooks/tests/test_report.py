@@ -20,6 +20,7 @@ from bs4 import BeautifulSoup
 from playwright.sync_api import Browser, Page
 
 from conf import release
+from helpers import COLORS
 from pages import efforts, solutions
 
 REPORT = Path(os.environ.get("REPORT", Path(__file__).parents[2] / "report")).resolve()
@@ -350,6 +351,17 @@ def test_figures_are_dark_where_the_page_is(browser: Browser, system: str, theme
     assert (pixels[0].mean() < 0.3) == dark
     image = plt.imread(io.BytesIO(corner))[..., :3]
     assert image.max() > 0.8 if dark else image.min() < 0.3  # its lines stand out
+
+
+@pytest.mark.parametrize("name", ["diag", "offdiag"])
+def test_formulas_have_the_colours_of_the_figures(browser: Browser, name: str) -> None:
+    for address in ("01_softmax_jacobian.html", "explorer.html"):
+        page, _ = visit_page(browser, address)
+        fills = page.eval_on_selector_all(
+            f"mjx-container svg .{name}", "all => all.map(letter => getComputedStyle(letter).fill)"
+        )
+        assert set(fills) == {"rgb({}, {}, {})".format(*bytes.fromhex(COLORS[name][1:]))}
+        page.context.close()
 
 
 def test_search_finds(browser: Browser) -> None:
