@@ -3,7 +3,7 @@
 "use strict";
 const ESSAY = (() => {
   const ITERATIONS = 200, RATE = 0.1;
-  const [WIDTH, HEIGHT, LEFT, FOOT, HEAD] = [320, 170, 34, 18, 18]; // of a panel, in its own units
+  const [WIDTH, NARROW, HEIGHT, LEFT, FOOT, HEAD] = [320, 240, 170, 42, 18, 22]; // of a panel, in its own units
 
   function element(tag, attributes, ...content) {
     const svg = ["svg", "g", "rect", "line", "path", "text", "circle"].includes(tag);
@@ -16,20 +16,26 @@ const ESSAY = (() => {
   const clamp = (x, [low, high]) => Math.min(high, Math.max(low, x));
   const number = (x) => (Math.abs(x) < 0.005 ? 0 : x).toFixed(2).replace("-", "−");
 
-  /* A drawing with an axis at the left; `at` and `from` are between a value and its height. */
-  function panel(title, ends, ticks, log) {
-    const scale = log ? Math.log10 : (x) => x, [low, high] = ends.map(scale);
+  /* A drawing with an axis at the left; `rescale` sets what it reaches from and to, `at` is the height of a value. */
+  function panel(title, {width = WIDTH, log = false} = {}) {
+    const scale = log ? Math.log10 : (x) => x, grid = element("g", {}), marks = element("g", {});
+    let low, high;
     const at = (value) => HEAD + (1 - (scale(value) - low) / (high - low)) * (HEIGHT - HEAD - FOOT);
     const from = (y) => low + (1 - (y - HEAD) / (HEIGHT - HEAD - FOOT)) * (high - low);
-    const marks = element("g", {});
-    const svg = element("svg", {viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "group", "aria-label": title},
-      element("text", {x: 0, y: 12, class: "title"}, title));
-    for (const tick of ticks) {
-      svg.append(element("line", {x1: LEFT, x2: WIDTH, y1: at(tick), y2: at(tick), class: "grid"}),
-        element("text", {x: LEFT - 5, y: at(tick) + 4, "text-anchor": "end"}, String(tick).replace("-", "−")));
+    function rescale(ticks, ends = [ticks[0], ticks.at(-1)]) {
+      [low, high] = ends.map(scale);
+      grid.replaceChildren(...ticks.flatMap((tick) => [
+        element("line", {x1: LEFT, x2: width, y1: at(tick), y2: at(tick), class: "grid"}),
+        element("text", {x: LEFT - 5, y: at(tick) + 4, "text-anchor": "end"}, String(tick).replace("-", "−"))]));
     }
-    svg.append(marks);
-    return {svg, at, from, marks};
+    const svg = element("svg", {viewBox: `0 0 ${width} ${HEIGHT}`, role: "group", "aria-label": title},
+      element("text", {x: 0, y: 12, class: "title"}, title), grid, marks);
+    return {svg, at, from, marks, rescale};
+  }
+  /* The smallest of these scales around zero that the values fit into. */
+  function fitted(scales, values) {
+    const largest = Math.max(...values.map(Math.abs)), end = scales.find((end) => end >= largest) ?? scales.at(-1);
+    return [-end, 0, end];
   }
   const path = (points, attributes) =>
     element("path", {d: points.map(([x, y], i) => `${i ? "L" : "M"}${x.toFixed(1)} ${y.toFixed(1)}`).join(""), fill: "none", ...attributes});
@@ -65,15 +71,17 @@ const ESSAY = (() => {
   const SPAN = [-3, 3], PART = (WIDTH - LEFT) / 5, middle = (key) => LEFT + PART * (key + 0.5);
 
   function fiveKeys(start) {
-    const state = {...structuredClone(start), scoresPlus: 0, errorsPlus: 0, rule: "diagonal"};
+    const state = structuredClone(start);
     const panels = {
-      scores: panel("scores s: drag them", [-6, 6], [-6, -3, 0, 3, 6]),
-      weights: panel("attention weights a, the softmax of s", [0, 1], [0, 0.5, 1]),
-      errors: panel("errors g: drag them; dashed: b", [-6, 6], [-6, -3, 0, 3, 6]),
-      sent: panel("at the scores: d, o, and f = d + o", [-1.5, 1.5], [-1.5, 0, 1.5]),
-      scoresAfter: panel(`scores over ${ITERATIONS} iterations`, [-12, 12], [-12, 0, 12]),
-      weightsAfter: panel(`attention over ${ITERATIONS} iterations`, [0, 1], [0, 0.5, 1]),
+      scores: panel("scores s: drag them"),
+      weights: panel("attention weights a, the softmax of s"),
+      errors: panel("errors g: drag them; dashed: b"),
+      sent: panel("at the scores: d, o, and f = d + o"),
+      scoresAfter: panel(`scores over ${ITERATIONS} iterations`),
+      weightsAfter: panel(`attention over ${ITERATIONS} iterations`),
     };
+    for (const of of ["scores", "errors"]) panels[of].rescale([-6, -3, 0, 3, 6]);
+    for (const of of ["weights", "weightsAfter"]) panels[of].rescale([0, 0.5, 1]);
     const handles = {};
     for (const of of ["scores", "errors"]) {
       const {svg, from} = panels[of], plus = `${of}Plus`;
@@ -115,7 +123,7 @@ const ESSAY = (() => {
     const choice = element("select", {name: "rule"}, ...rules), reset = element("button", {type: "button"}, "As it was");
     choice.addEventListener("change", () => { state.rule = choice.value; update(); });
     reset.addEventListener("click", () => {
-      Object.assign(state, structuredClone(start), {scoresPlus: 0, errorsPlus: 0});
+      Object.assign(state, structuredClone(start));
       update();
     });
     const said = element("p", {role: "status"}), table = element("table", {});
@@ -123,6 +131,10 @@ const ESSAY = (() => {
     function bars({at, marks}, groups) {
       marks.replaceChildren();
       const wide = (0.8 * PART) / groups.length;
+      if (groups.length > 1) {
+        marks.append(...groups.flatMap(([name], i) => [element("rect", {x: WIDTH - 86 + 30 * i, y: 3, width: 10, height: 10, class: `${name} swatch`}),
+          element("text", {x: WIDTH - 73 + 30 * i, y: 12}, name)]));
+      }
       groups.forEach(([name, values], i) => values.forEach((value, key) => {
         const x = middle(key) + wide * (i - groups.length / 2), [top, foot] = [at(Math.max(0, value)), at(Math.min(0, value))];
         marks.append(element("rect", {x, y: top, width: 0.92 * wide, height: foot - top, class: name}));
@@ -141,6 +153,8 @@ const ESSAY = (() => {
     function update() {
       const s = state.scores.map((x) => x + state.scoresPlus), g = state.errors.map((x) => x + state.errorsPlus);
       const {a, d, o, f, b} = row(s, g), scores = descend(s, g, state.rule), after = softmax(scores.at(-1));
+      panels.sent.rescale(fitted([0.5, 1, 2], [...d, ...o, ...f]));
+      panels.scoresAfter.rescale(fitted([3, 6, 12, 24, 60, 120], scores.flat()));
       bars(panels.scores, [["score", s]]);
       bars(panels.weights, [["weight", a]]);
       bars(panels.errors, [["error", g]]);
@@ -177,10 +191,13 @@ const ESSAY = (() => {
   function rates({iterations, ends, rates, panels}) {
     const value = element("output", {}), last = iterations.length - 1;
     const input = element("input", {type: "range", min: 0, max: last, value: last, name: "iteration"});
-    const across = (rate) => LEFT + 12 + ((Math.log10(rate) - Math.log10(rates[0])) / Math.log10(rates.at(-1) / rates[0])) * (WIDTH - LEFT - 30);
+    const decades = (rate) => Math.log10(rate / rates[0]) / Math.log10(rates.at(-1) / rates[0]);
+    const across = (rate) => LEFT + 14 + decades(rate) * (NARROW - LEFT - 28);
     const drawn = panels.map(({title, curves}) => {
-      const made = panel(title, ends, [0.001, 0.01, 0.1, 1], true);
-      for (const rate of rates) made.svg.append(element("text", {x: across(rate), y: HEIGHT - 4, "text-anchor": "middle"}, rate.toExponential(0).replace("-", "−")));
+      const made = panel(title, {width: NARROW, log: true});
+      made.rescale([0.001, 0.01, 0.1, 1], ends);
+      made.svg.append(...rates.map((rate) => element("text", {x: across(rate), y: HEIGHT - 4, "text-anchor": "middle"},
+        rate.toExponential(0).replace("-", "−"))));
       return {...made, curves};
     });
     function update() {
@@ -197,7 +214,7 @@ const ESSAY = (() => {
     input.addEventListener("input", update);
     const legend = Object.keys(panels[0].curves).map((rule) => element("span", {class: rule}, `${SOFTMAX_RULES[rule].name} (${rule})`));
     replace("figure-0-6", element("div", {class: "controls"}, element("label", {}, "Losses ", value, input)), element("p", {class: "legend"}, ...legend),
-      element("div", {class: "panels"}, ...drawn.map(({svg}) => svg)), element("p", {class: "axis"}, "validation loss (nats) against the learning rate"));
+      element("div", {class: "panels three"}, ...drawn.map(({svg}) => svg)), element("p", {class: "axis"}, "validation loss (nats) against the learning rate"));
     update();
   }
 

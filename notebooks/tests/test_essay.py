@@ -61,9 +61,13 @@ def assert_follows(page: Page, scores: list[float], errors: list[float], rule: s
     told = [a @ g, d.sum(), o.sum(), f.sum(), (after - s).mean(), (after.softmax(-1) - a).abs().max()]
     np.testing.assert_allclose([b, *sums, drift, most], told, rtol=0, atol=0.0051)
     panel = page.locator("#figure-0-2 .panels svg").nth(3)
+    scale = next(end for end in (0.5, 1, 2) if end >= max(part.abs().max() for part in (d, o, f)))  # 130 units are two
+    assert panel.locator("text", has_text=re.compile(rf"^{scale:g}$")).count() == 1
     for name, values in {"d": d, "o": o, "f": f}.items():
-        heights = panel.locator(f"rect.{name}").evaluate_all("all => all.map(bar => bar.height.baseVal.value)")
-        np.testing.assert_allclose(heights, values.abs() * 134 / 3, rtol=1e-6, atol=1e-6)  # 134 units for 3
+        heights = panel.locator(f"rect.{name}:not(.swatch)").evaluate_all(
+            "all => all.map(bar => bar.height.baseVal.value)"
+        )
+        np.testing.assert_allclose(heights, values.abs() * 130 / (2 * scale), rtol=1e-6, atol=1e-6)
 
 
 def descend(s: torch.Tensor, g: torch.Tensor, rule: str) -> torch.Tensor:
@@ -110,7 +114,8 @@ def test_it_begins_as_its_picture_and_every_slider_moves_it_by_keys(browser: Bro
     page.locator("#figure-0-2 select").select_option("balanced_by_attention")
     assert_follows(page, [s + 3 for s in scores], [g - 3 for g in errors], "balanced_by_attention")
     page.locator("#figure-0-2 button").press("Enter")
-    assert_follows(page, start["scores"], [g + start["errorsPlus"] for g in start["errors"]], "balanced_by_attention")
+    start = json.loads(page.locator("#five-keys").text_content())
+    assert_follows(page, start["scores"], [g + start["errorsPlus"] for g in start["errors"]], start["rule"])
     assert not trouble
 
 
@@ -155,7 +160,7 @@ def test_losses_are_those_of_the_iteration_that_the_slider_is_at(browser: Browse
                     "all => all.map(point => point.cy.baseVal.value)"
                 )
                 losses = np.log10(np.clip([losses[now] for losses in curve["losses"]], *stored["ends"]))
-                np.testing.assert_allclose(heights, 18 + (high - losses) / (high - low) * 134, rtol=1e-5)
+                np.testing.assert_allclose(heights, 22 + (high - losses) / (high - low) * 130, rtol=1e-5)
 
     last = len(stored["iterations"]) - 1
     assert_drawn(last)
