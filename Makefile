@@ -37,7 +37,8 @@ test-all: .venv/.transformers $(TEXT_READY)  ## the same, with models of the tra
 	$(PY) -m pytest
 
 test-report: report  ## test the report in a browser: pages, links, formulas, accessibility
-	$(PY) -m pytest -o addopts= -rs notebooks/tests/test_report.py notebooks/tests/test_explorer.py
+	$(PY) -m pytest -o addopts= -rs notebooks/tests/test_report.py notebooks/tests/test_explorer.py \
+	    notebooks/tests/test_essay.py
 
 mutants: .venv/.ready $(TEXT_READY)  ## plant faults at random, count those that the tests see (an hour or two)
 	$(PY) notebooks/tests/mutants.py

@@ -2111,6 +2111,19 @@ COLORS = {
     "cross": "#009E73",
     "ste": "#CC79A7",
 }
+# the softmax's rules in plain words, as a reader meets them
+RULE_NAMES = {
+    "full": "minus the lateral sum: exact",
+    "diagonal": "own error only",
+    "zero": "no baseline",
+    "mean": "minus the plain mean",
+    "diagonal_mean": "own slope, minus the mean",
+    "diagonal_lateral": "own slope, minus the sum",
+    "balanced_evenly": "balanced evenly",
+    "balanced_by_attention": "balanced by attention",
+    "ste": "passed straight through",
+    "none": "nothing sent back",
+}
 # energies; signed quantities, centred on zero. Nothing has the page's colour, in the dark scheme, too.
 SEQUENTIAL, DIVERGING = "magma_r", "RdBu_r"
 

@@ -85,7 +85,7 @@ def add_sources(app):
 
 
 def preview_card(path: Path) -> None:
-    """The picture that goes with a link to the report: the question, and a panel of Figure 0.1."""
+    """The picture that goes with a link to the report: the question, and a panel of Figure 5.1."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -220,6 +220,17 @@ def with_colours(page: str) -> str:
     return re.sub(r'<(span|div) class="(?:amsmath )?math .*?</\1>', formula, page, flags=re.DOTALL)
 
 
+def name_sections(app, doctree):
+    """A numbered section is found under its page's number and its own, as section-8-9, whatever its words."""
+    page = re.match(r"\d+", app.env.docname)
+    for section in doctree.findall(nodes.section):
+        number = re.match(r"(\d+)\. ", section.next_node(nodes.title).astext())
+        if page and number:
+            name = f"section-{int(page[0])}-{number[1]}"
+            section["ids"].append(name)
+            app.env.domains.standard_domain.anonlabels[name] = app.env.docname, name
+
+
 def explanations(app, doctree) -> str:
     """What the glossary and the list of references say of what a page links to, for under the pointer."""
     found = {}
@@ -271,6 +282,7 @@ def setup(app):
     app.connect("builder-inited", add_assets)
     app.connect("doctree-read", complete_exercises)
     app.connect("doctree-read", name_equations)
+    app.connect("doctree-read", name_sections)
     app.connect("html-page-context", add_to_page, priority=900)  # after the theme
     app.connect("build-finished", finish)
     return {"parallel_read_safe": True}

@@ -1,33 +1,11 @@
 /* The report's GPT in plain script, one sentence forwards and backwards, as model_local.py has it.
-   For the explorer: nothing is learnt here, so no weight gets a gradient; errors go back as far as every head's g.
+   For the explorer, with softmax-rules.js: nothing is learnt here, so no weight gets a gradient; errors go back as far as
+   every head's g.
    A matrix is {rows, columns, values}, row after row; activations are (T, C) in the same way. */
 "use strict";
 const LocalGPT = (() => {
   const numbers = (base64, Type) => new Type(Uint8Array.from(atob(base64), (c) => c.charCodeAt(0)).buffer);
-
-  // ---- what the softmax sends back: dL/ds of a row from its weights a and errors g ----
-
   const sum = (row) => row.reduce((total, x) => total + x, 0);
-  const lateral = (a, g) => sum(a.map((w, i) => w * g[i])), mean = (a, g) => sum(g) / g.length, zero = () => 0;
-  function baseline(slope, of) {
-    return (a, g) => {
-      const c = of(a, g);
-      return a.map((w, i) => w * (slope ? 1 - w : 1) * (g[i] - c));
-    };
-  }
-  const diagonal = baseline(true, zero);
-  const RULES = {
-    full: baseline(false, lateral),
-    diagonal,
-    zero: baseline(false, zero),
-    mean: baseline(false, mean),
-    diagonal_mean: baseline(true, mean),
-    diagonal_lateral: baseline(true, lateral),
-    balanced_evenly: (a, g) => diagonal(a, g).map((d, i, all) => d - sum(all) / all.length),
-    balanced_by_attention: (a, g) => diagonal(a, g).map((d, i, all) => d - a[i] * sum(all)),
-    ste: (a, g) => g,
-    none: (a) => a.map(zero),
-  };
 
   // ---- the weights ----
 
@@ -200,7 +178,7 @@ const LocalGPT = (() => {
           dv[j * C + c] += weights[j] * dOut[t * C + c];
         }
       }
-      RULES[rule](weights, errors).forEach((ds, j) => {
+      SOFTMAX_RULES[rule].send(weights, errors).forEach((ds, j) => {
         for (let c = head * D; c < (head + 1) * D; c++) {
           dq[t * C + c] += (ds * k[j * C + c]) / Math.sqrt(D);
           dk[j * C + c] += (ds * q[t * C + c]) / Math.sqrt(D);
@@ -246,5 +224,5 @@ const LocalGPT = (() => {
     return {a: kept.flatMap(({attention}) => attention.a), g, loss};
   }
 
-  return {RULES: Object.keys(RULES), load, run};
+  return {load, run};
 })();

@@ -14,18 +14,6 @@
     o: "Off-diagonal o = f − d",
     f: "Full f = d + o = a (g − b)",
   };
-  const RULES = {
-    full: "minus the lateral sum: exact (full)",
-    diagonal: "own error only (diagonal)",
-    zero: "no baseline (zero)",
-    mean: "minus the plain mean (mean)",
-    diagonal_mean: "own slope, minus the mean (diagonal_mean)",
-    diagonal_lateral: "own slope, minus the sum (diagonal_lateral)",
-    balanced_evenly: "balanced evenly (balanced_evenly)",
-    balanced_by_attention: "balanced by attention (balanced_by_attention)",
-    ste: "passed straight through (ste)",
-    none: "nothing sent back (none)",
-  };
   const START = {...opening, step: String(opening.step), query: 17, key: 4, beside: "", temperature: 1, constant: 0,
     weight: "", lock: "", text: "", rule: EXPLORER.rule};
   const PRESETS = [
@@ -135,7 +123,7 @@
   });
   const options = (select, entries) => select.append(...entries.map(([value, words]) => element("option", {value}, words)));
   options($("-beside"), [["", "nothing"], ["other", "the other model"], ...everyHead.map((h) => [headName(h), headName(h)])]);
-  options($("-rule"), Object.entries(RULES));
+  options($("-rule"), Object.entries(SOFTMAX_RULES).map(([rule, {name}]) => [rule, `${name} (${rule})`]));
   for (const name of ["beside", "rule"]) $(`-${name}`).addEventListener("change", ({target}) => update({[name]: target.value}));
   for (const name of ["query", "key", "constant"]) {
     $(`-${name}`).addEventListener("input", ({target}) => update({[name]: target.valueAsNumber}));
@@ -164,7 +152,7 @@
     for (const [name, value] of new URLSearchParams(location.hash.slice(1))) {
       if (!(name in START)) continue;
       const parsed = name === "head" ? headNumber(value) : typeof START[name] === "number" ? Number(value) : value;
-      const known = {method: METHODS, step: maps.bp, rule: RULES}[name];
+      const known = {method: METHODS, step: maps.bp, rule: SOFTMAX_RULES}[name];
       const fits = known ? Object.hasOwn(known, parsed) : typeof parsed === typeof START[name] && parsed === parsed;
       if (fits) change[name] = parsed;
     }

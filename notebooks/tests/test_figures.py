@@ -346,17 +346,163 @@ def assert_draws(axes, table):
     pd.testing.assert_frame_equal(drawn, expected, check_dtype=False)
 
 
-def test_the_front_page_draws_every_verdict_and_its_table_has_the_numbers(real):
-    indexed = real.set_index([*GROUP, "rule"])
-    shown = run("index", "figure-0-1", "numbers-0-1", table=indexed)
-    axes = np.array(plt.gcf().axes)
-    assert_draws(axes, real)
-    numbers = shown.value.reset_index()
-    drawn = drawn_harm(axes).sort_values(["harm", "rule"], ignore_index=True)
-    numbers = numbers[numbers["harm"].notna()].sort_values(["harm", "rule"], ignore_index=True)
-    assert sorted(zip(drawn["rule"], drawn["harm"].round(3), strict=True)) == sorted(
-        zip(numbers["rule"], numbers["harm"], strict=True)
-    )
+def essay(*wanted, **names):
+    """Cells of the front page, after both of its cells of imports."""
+    return run("index", "cell-1", *wanted, **names)
+
+
+def test_the_essay_s_five_keys_are_those_of_their_start_and_of_the_descent():
+    shown = essay("figure-0-2")
+    s, g = (torch.tensor(shown.start[name], dtype=torch.float64) for name in ("scores", "errors"))
+    without, with_constant, alone, exact = plt.gcf().axes
+    for ax, constant in ((without, 0), (with_constant, 2)):
+        parts = dict(zip("fdo", split(s.softmax(-1), g + constant), strict=True))
+        for bars, name in zip(ax.containers, "fdo", strict=True):
+            assert bars.get_label() == name
+            np.testing.assert_allclose([bar.get_height() for bar in bars], parts[name])
+            assert [round(bar.get_x() + bar.get_width() / 2) for bar in bars] == [1, 2, 3, 4, 5]
+    for ax, rule in ((alone, helpers.diagonal), (exact, helpers.full)):
+        rows = [s]
+        for _ in range(200):
+            rows.append(rows[-1] - 0.1 * rule(rows[-1].softmax(-1), g + 2, torch.ones(5, dtype=torch.bool)))
+        np.testing.assert_allclose([line.get_ydata() for line in ax.lines], torch.stack(rows).T)
+        moved = (rows[-1].softmax(-1) - s.softmax(-1)).abs().max()
+        assert words_over(ax).endswith(f"weights move by {moved:.2f} at most")
+
+
+def split(a, g):
+    f = a * (g - (a * g).sum(-1, keepdim=True))
+    d = a * (1 - a) * g
+    return f, d, f - d
+
+
+def test_the_essay_shows_the_head_whose_lateral_part_is_largest(monkeypatch):
+    found = {step: random_layers(step, 30) for step in (0, 50, 500)}
+    monkeypatch.setattr(helpers, "capture_batch", lambda model, x, y: found[model])
+    runs = {"fa": SimpleNamespace(at=lambda step: step)}
+    essay("figure-0-3", runs=runs, x=None, y=None)
+    shares = {}
+    for layer, maps in enumerate(found[50]):
+        f, _, o = split(maps.attn, maps.grad)
+        for head in range(H):
+            shares[layer, head] = (o[:, head].square().sum() / f[:, head].square().sum()).item()
+    layer, head = max(shares, key=shares.get)
+    assert title().startswith(f"L{layer}H{head}:")
+    axes = np.reshape(plt.gcf().axes, (3, 5))
+    assert [ax.get_title() for ax in axes[0]] == list("agdof")
+    for row, step in zip(axes, found, strict=True):
+        a, g = (part[0, head, :24, :24] for part in (found[step][layer].attn, found[step][layer].grad))
+        f, d, o = split(a, g)
+        for ax, part in zip(row, (a, g, d, o, f), strict=True):
+            (image,) = ax.images
+            drawn = image.get_array()
+            assert (drawn.mask == ~np.tri(24, dtype=bool)).all()
+            np.testing.assert_allclose(drawn.compressed(), part[np.tri(24, dtype=bool)])
+        limits = [ax.images[0].get_clim() for ax in row]
+        assert limits[2] == limits[3] == limits[4] and all(-low == high > 0 for low, high in limits[1:])
+        assert [ax.images[0].get_cmap().name for ax in row] == [SEQUENTIAL] + 4 * [DIVERGING]
+    assert [ax.get_ylabel() for ax in axes[:, 0]] == ["at the beginning", "early: iteration 50", "at the end"]
+
+
+def test_the_essay_s_lines_are_the_heads_cosines_with_each_baseline(monkeypatch):
+    found = {method: random_layers(seed, 64) for seed, method in enumerate(("fa", "bp"))}
+    monkeypatch.setattr(helpers, "capture_batch", lambda model, x, y: found[model])
+    runs = {method: SimpleNamespace(model=method) for method in found}
+    essay("figure-0-4", runs=runs, x=None, y=None, config=SimpleNamespace(n_layer=L))
+    for ax, method in zip(plt.gcf().axes, ("bp", "fa"), strict=True):
+        assert words_over(ax) == NAMES[method] and len(ax.lines) == L * H + 1
+        heads = np.array([line.get_ydata() for line in ax.lines[:-1]])
+        seen = torch.ones(64, 64).tril()
+        for (layer, head), drawn in zip(product(range(L), range(H)), heads, strict=True):
+            a, g = (getattr(found[method][layer], name)[:, head] for name in ("attn", "grad"))
+            exact = split(a, g)[0]
+            plain, lateral = ((g * weights).sum(-1, keepdim=True) for weights in (seen / seen.sum(-1, keepdim=True), a))
+            for value, c in zip(drawn, (0, plain, lateral), strict=True):
+                sent = a * (1 - a) * (g - c)
+                cosine = torch.cosine_similarity(sent.flatten(1), exact.flatten(1), dim=1).mean().item()
+                assert value == pytest.approx(cosine)
+        np.testing.assert_allclose(ax.lines[-1].get_ydata(), heads.mean(0))
+        assert [*ticks(ax.xaxis).values()] == ["nothing", "plain mean", "lateral sum b"]
+
+
+def test_the_essay_s_arrows_lead_from_each_letter_to_its_number():
+    shown = essay("figure-0-5")
+    ax = plt.gca()
+    boxes = {text.get_position()[0]: text.get_text() for text in ax.texts if text.get_bbox_patch()}
+    assert [*boxes.values()] == shown.words and len(shown.words) == 12
+    answers = {text.get_position()[0]: text.get_text() for text in ax.texts if text.get_position()[1] == -1}
+    arrows = [text for text in ax.texts if getattr(text, "arrow_patch", None)]
+    assert len(arrows) == 4
+    places = [*boxes]
+    for arrow in arrows:
+        end, begin = arrow.xy[0], arrow.xyann[0]
+        assert boxes[places[places.index(end) - 1]] == boxes[begin] and boxes[end] == answers[begin]
+
+
+@pytest.fixture(scope="module")
+def essay_runs():
+    """The runs that the front page draws, as they are stored, backpropagation alone."""
+    runs = helpers.load_results(helpers.SECOND_EDITION)
+    runs = runs.query("method == 'bp' and attn_mode == 'softmax' and score_scale == 1 and optimizer == 'adamw'")
+    runs = runs[runs["steps"] == runs["task"].map(lambda task: helpers.TASKS[task]["steps"])]
+    return runs[runs["softmax_backward"].isin(helpers.RULE_NAMES)]
+
+
+def test_the_essay_s_losses_are_means_of_the_stored_runs_and_its_slider_has_their_curves(essay_runs):
+    shown = essay("SETTINGS = {", "figure-0-6", core=essay_runs)
+    tuning = essay_runs.query("task == 'recall' and 100 <= seed < 200")
+    for ax, panel, norm in zip(plt.gcf().axes, shown.page["panels"], ("off", "cut", "exact"), strict=True):
+        assert words_over(ax) == panel["title"]
+        for line, rule in zip(ax.lines, ("full", "diagonal", "zero", "none"), strict=True):
+            assert line.get_label() == f"{helpers.RULE_NAMES[rule]} ({rule})"
+            where = "exact" if (norm, rule) == ("cut", "none") else norm
+            runs = tuning[(tuning["qk_norm"] == where) & (tuning["softmax_backward"] == rule)]
+            for rate, drawn, stored in zip(*line.get_data(), panel["curves"][rule]["losses"], strict=True):
+                of_rate = runs.loc[np.isclose(runs["lr"], rate), "losses"].str.split(expand=True).astype(float)
+                assert len(of_rate) == 4 and of_rate.shape[1] == len(shown.page["iterations"]) == 21
+                np.testing.assert_allclose(stored, of_rate.mean(), atol=6e-5)
+                assert drawn == pytest.approx(np.clip(of_rate.mean().iloc[-1], 3e-4, 4), abs=6e-5)
+
+
+def test_the_essay_draws_every_run_by_its_drift(essay_runs):
+    essay("figure-0-7", core=essay_runs, task=SimpleNamespace(best_guess=0.4))
+    ax = plt.gca()
+    groups = [("off", ["diagonal", "zero"]), ("exact", ["diagonal", "zero"]), ("off", ["full"])]
+    labels = ["no norm, local rules", "norm with its own backward pass, local rules", "no norm, exact gradient"]
+    for points, (norm, rules), label in zip(ax.collections, groups, labels, strict=True):
+        runs = essay_runs[(essay_runs["task"] == "recall") & (essay_runs["qk_norm"] == norm)]
+        runs = runs[runs["softmax_backward"].isin(rules)]
+        assert points.get_label() == label and len(runs) > 20
+        np.testing.assert_array_equal(points.get_offsets(), runs[["common_mode", "accuracy"]])
+    assert levels(ax) == [0.4]
+
+
+def test_the_essay_s_matrix_has_every_verdict_in_its_place(essay_runs):
+    at_full = helpers.harm_table(essay_runs, at="full").set_index(["task", "qk_norm", "rule"])
+    settings = {"off": "", "cut": "", "exact": ""}
+    essay("figure-0-8", at_full=at_full, SETTINGS=settings)
+    ax = plt.gca()
+    rules = [re.search(r"\((\w+)\)", label)[1] for label in ticks(ax.yaxis).values()]
+    assert ax.yaxis_inverted() and not {"full", "none"} & {*rules}
+    words = {text.get_position(): text for text in ax.texts if not hasattr(text, "xyann")}
+    fills = {(p.get_x() + 0.48, round(p.get_y() + 0.46)): to_hex(p.get_facecolor()) for p in ax.patches}
+    drawn = 0
+    for (x, (task, norm)), (y, rule) in product(
+        enumerate(product(("recall", "shakespeare"), settings)), enumerate(rules)
+    ):
+        if (task, norm, rule) not in at_full.index or not at_full.loc[(task, norm, rule), "seeds"]:
+            assert (x, y) not in words
+            continue
+        row, drawn = at_full.loc[(task, norm, rule)], drawn + 1
+        if task == "recall":
+            low, high = helpers.share_interval(row.solved, row.seeds)
+            text, good, bad = f"{row.solved} of {row.seeds}", low > 0.5, high < 0.5
+        else:
+            text, good, bad = f"{row.harm:.2f}", row.high <= TOLERABLE, row.low >= CATASTROPHIC
+        assert words[x, y].get_text() == text and (words[x, y].get_weight() == "bold") == good
+        (fill,) = (fill for (at, line), fill in fills.items() if abs(at - x) < 1e-6 and line == y)
+        assert fill == ("#b7e1cd" if good else "#f6cdb8" if bad else "#eeeeee")
+    assert drawn == len(words) == len(fills) > 30
 
 
 # ---- 01 ----

@@ -223,6 +223,21 @@ def test_equations_have_names() -> None:
     assert len(names) > 5 and len(names) == len(set(names))
 
 
+def test_numbered_sections_are_found_by_their_numbers() -> None:
+    found = []
+    for name in READ:
+        page = re.match(r"\d+", name)
+        for heading in written(name).select("article h2") if page else ():
+            if number := re.match(r"(\d+)\. ", heading.text):
+                anchor = f"section-{int(page[0])}-{number[1]}"
+                place = written(name).find(id=anchor)
+                assert place is heading.parent or place.parent is heading.parent, anchor
+                found.append(anchor)
+    assert len(found) > 40 and len(found) == len(set(found))
+    links = {a["href"].partition("#")[2] for a in written("index.html").select("article a[href*='#section-']")}
+    assert len(links) > 10 and links <= set(found)
+
+
 def test_exercises_have_a_level_a_time_and_a_folded_solution() -> None:
     found, expected = {}, efforts()
     for name in READ:
