@@ -281,8 +281,8 @@ def test_harm_stands_at_its_rule_with_its_interval_word_colour_and_marker():
     table = harm_rows()
     axes = plot_harm(table)
     drawn = drawn_harm(axes)
-    groups = ["recall, fa, 3,000 steps"] * 3
-    groups += ["shakespeare, bp, sigmoid attention, qk_norm cut_k, scores times 0.5, sgd, 500 steps"]
+    groups = ["recall, fa, 3,000 iterations"] * 3
+    groups += ["shakespeare, bp, sigmoid attention, qk_norm cut_k, scores times 0.5, sgd, 500 iterations"]
     assert drawn["group"].tolist() == groups
     expected = table[:4].set_index("rule")
     columns = ["harm", "low", "high", "verdict"]
@@ -337,7 +337,7 @@ def real():
 def assert_draws(axes, table):
     table = table[~table["rule"].isin(["full", "none"]) & table["harm"].notna()]
     kinds = [
-        f"{r.task}, {r.method}, {'sigmoid attention, ' * (r.attn_mode == 'sigmoid')}{r.steps:,} steps"
+        f"{r.task}, {r.method}, {'sigmoid attention, ' * (r.attn_mode == 'sigmoid')}{r.steps:,} iterations"
         for r in table.itertuples()
     ]
     columns = ["group", "rule", "harm", "low", "high", "verdict"]
@@ -848,7 +848,7 @@ def test_figure_5_3_draws_every_seed_s_curve_in_the_colour_of_its_rule(verdict):
         )
         np.testing.assert_allclose(lines(ax)["#000000"][0][:, 1], exact)  # dotted: bp, full
         assert words_over(ax) == f"{task}, {method}"
-        assert (ax.get_xlabel(), ax.get_ylabel()) == ("training step", "validation loss (nats)")
+        assert (ax.get_xlabel(), ax.get_ylabel()) == ("iteration", "validation loss (nats)")
         if task == "shakespeare":
             assert sorted(levels(ax)) == [2.482, 3.347]
             assert {text.get_text(): text.xy[1] for text in ax.texts} == {"bigram": 2.482, "unigram": 3.347}
@@ -988,3 +988,62 @@ def test_the_explorer_s_data_decode_to_every_head_in_its_order(tmp_path):
                         assert (
                             abs(errors[i, k] / 32767 * largest - g[layer, head, query, key]) <= 0.51 / 32767 * largest
                         )
+
+
+@pytest.fixture(scope="module")
+def mending():
+    """What the figures of 08 are drawn from."""
+    shown = run(
+        "08_what_mends_it", "import itertools", "from sweep import", "def complete", set_style=helpers.set_style
+    )
+    return vars(shown) | {"local": ("diagonal", "zero")}
+
+
+def test_figure_8_1_has_both_outcomes_at_both_rates(mending):
+    run("08_what_mends_it", "figure-8-1", **mending)
+    expected = {"recall": set(), "shakespeare": set()}
+    ends = {"recall": set(), "shakespeare": set()}
+    for whose, rule, (place, arm) in product(
+        ("own", "full"), ("diagonal", "zero"), enumerate(["exact", "cut_q", "cut_k", "cut", "off"])
+    ):
+        y = round(place + (0.15 if rule == "diagonal" else -0.15), 2)
+        color = COLORS["diag" if rule == "diagonal" else "offdiag"].lower()
+        for task in expected:
+            row = mending["tables"][whose].loc[task, arm, rule]
+            share = row.solved / row.seeds
+            value = share if task == "recall" else min(row.harm, 1.6)  # what lies beyond is drawn at the edge
+            low, high = helpers.share_interval(row.solved, row.seeds) if task == "recall" else (row.low, row.high)
+            expected[task].add((round(value, 4), y, color, whose == "own"))
+            ends[task].add((round(low, 4), round(high, 4), y))
+    for ax, task in zip(plt.gcf().axes, expected, strict=True):
+        drawn = set()
+        for points in ax.collections:
+            ((x, y),) = points.get_offsets()
+            drawn.add((round(x, 4), round(y, 2), to_hex(points.get_edgecolors()[0]), len(points.get_facecolors()) > 0))
+        assert drawn == expected[task]
+        found = {
+            (*line[:, 0].round(4), line[0, 1].round(2))
+            for rule in lines(ax).values()
+            for line in rule
+            if len(line) == 2
+        }
+        assert ends[task] <= found
+
+
+def test_figure_8_6_has_a_panel_a_way_and_a_point_a_rate(mending):
+    colors = {"full": RULES["full"], "diagonal": COLORS["diag"], "zero": COLORS["offdiag"]}
+    run("08_what_mends_it", "figure-8-6", **mending | {"LINES": colors})
+    runs = helpers.load_results(helpers.SECOND_EDITION)
+    runs = runs.query(
+        "task == 'recall' and method == 'bp' and qk_norm == 'off' and seed in (100, 101) and steps == 3000"
+    )
+    panels = by_title()
+    assert set(panels) == set(helpers.OPTIMIZERS)
+    for name, rule in product(panels, colors):
+        part = runs[(runs["optimizer"] == name) & (runs["softmax_backward"] == rule)]
+        means = part.groupby("lr")["val_loss"].mean()
+        (line,) = lines(panels[name])[to_hex(colors[rule])]
+        np.testing.assert_allclose(line, means.reset_index())
+        assert panels[name].get_xscale() == panels[name].get_yscale() == "log"
+        low, high = panels[name].get_xlim()
+        assert low < means.index.min() and means.index.max() < high
