@@ -126,6 +126,10 @@ def assert_close(found, expected, share=ROUNDING):
         torch.testing.assert_close(one, other, rtol=0, atol=atol)
 
 
+def distance(found, expected):
+    return torch.stack([(one - other).norm() for one, other in zip(found, expected, strict=True)]).norm().item()
+
+
 def queries_that_are_text(batch, attention):
     """(B, 1, T_q, 1), False in padding: what such a query attends to means nothing."""
     mask = batch.get("attention_mask", torch.ones(2, T))
@@ -189,7 +193,8 @@ def test_a_window_that_slides_is_seen():
 def test_half_precision(name, dtype):
     model = model_of(name)
     batch = batch_of(model)
-    exact = energy_table(captured(model, batch)[0], n_boot=1)
+    layers, in_float32 = captured(model, batch)
+    exact = energy_table(layers, n_boot=1)
     for implementation in ("eager", "sdpa"):
         model.set_attn_implementation(implementation)
         with torch.autocast("cpu", dtype):
@@ -197,7 +202,8 @@ def test_half_precision(name, dtype):
             model(**batch).loss.backward()
             expected = gradients(model)
             layers, found = captured(model, batch, maps=True)
-        assert_close(found, expected, share=0.05)
+        # how two ways of rounding differ depends on the processor; neither may be farther off than the other, by much
+        assert distance(found, in_float32) < 1.5 * distance(expected, in_float32)
         table = energy_table(layers, n_boot=1)
         both = table["defined"]
         assert both.mean() > 0.5
