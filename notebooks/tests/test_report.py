@@ -161,7 +161,10 @@ def test_axe_finds_nothing_serious(visit: Visit, view: str) -> None:
     visit.page.evaluate("theme => document.body.dataset.theme = theme", theme)
     visit.page.set_viewport_size(viewport)
     # preload: axe would fetch the style sheets, which a browser refuses to pages from files
-    results = Axe().run(visit.page, options={"preload": False, "resultTypes": ["violations"]})
+    options = {"preload": False, "resultTypes": ["violations"]}
+    if visit.page.url.endswith("one-file.html"):  # to look behind each of its words takes axe over ten minutes
+        options["rules"] = {"color-contrast": {"enabled": False}}  # and they are the pages', in the same colours
+    results = Axe().run(visit.page, options=options)
     found = [
         f"{violation['id']} at {node['target']}: {' '.join(node['failureSummary'].split())}"
         for violation in results.response["violations"]
