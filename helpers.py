@@ -2226,6 +2226,24 @@ def signed_scale(maps: Tensor, linear: float = 0.01) -> SymLogNorm:
     return SymLogNorm(linear * high, vmin=-high, vmax=high)
 
 
+VERDICT_COLORS = {"tolerable": COLORS["sign_sym"], "costly": "#9A6700", "catastrophic": COLORS["offdiag"]}
+VERDICT_COLORS["undetermined"] = "#777777"
+
+
+def verdict_table(table: pd.DataFrame, digits: int = 3) -> str:
+    """The HTML of a table whose column ``verdict`` has the colours of ``plot_harm``.
+
+    Numbers have so many ``digits`` after the point, learning rates (``lr``) those that they have.
+
+    >>> "background: #77777740" in verdict_table(pd.DataFrame({"lr": [3e-5], "verdict": ["undetermined"]}))
+    True
+    """
+    shown = table.style.format(precision=digits, na_rep="").format("{:g}", subset=["lr"])
+    colors = {verdict: f"background: {color}40" for verdict, color in VERDICT_COLORS.items()}
+    shown = shown.map(lambda verdict: colors.get(verdict, ""), subset=["verdict"])
+    return shown.set_uuid("verdicts").set_table_attributes('class="dataframe"').to_html()
+
+
 def plot_harm(table: pd.DataFrame) -> np.ndarray:
     """Harm of every rule (rows of ``harm_table``) with its interval and the two bounds of the verdict.
 
@@ -2240,8 +2258,6 @@ def plot_harm(table: pd.DataFrame) -> np.ndarray:
     size = (9, 0.27 * sum(heights) + 0.8)
     _, axes = plt.subplots(len(groups), 1, figsize=size, sharex=True, squeeze=False, height_ratios=heights)
     axes = axes[:, 0]
-    colors = {"tolerable": COLORS["sign_sym"], "costly": "#9A6700", "catastrophic": COLORS["offdiag"]}
-    colors["undetermined"] = "#777777"
     markers = {"tolerable": "o", "costly": "s", "catastrophic": "X", "undetermined": "D"}  # not by colour alone
     usual = dataclasses.asdict(LocalGPTConfig()) | {"optimizer": "adamw"}
     unusual = {
@@ -2254,7 +2270,7 @@ def plot_harm(table: pd.DataFrame) -> np.ndarray:
         group = dict(zip(GROUP, values, strict=True))
         part = part.sort_values("harm", ascending=False)
         for position, row in enumerate(part.itertuples()):
-            style = {"color": colors[row.verdict]}
+            style = {"color": VERDICT_COLORS[row.verdict]}
             if math.isinf(row.harm):  # a seed diverged: at the edge, beyond every scale
                 edge = ax.get_yaxis_transform()
                 ax.plot(1, position, ">", transform=edge, clip_on=False, **style)

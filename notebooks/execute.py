@@ -128,7 +128,19 @@ def execute(source, target):
     unfinished = target.with_suffix(".tmp")
     nbformat.write(nb, unfinished)
     os.replace(unfinished, target)
+    if target == source:
+        keep_files(nb, source.parent)
     print(f"{source.stem:<32}{time.monotonic() - start:6.0f} s", flush=True)
+
+
+def keep_files(nb, folder):
+    """Figures that are wanted outside the report, too: those of cells whose metadata name a ``file`` for them."""
+    for cell in nb.cells:
+        if "file" in cell.metadata:
+            (output,) = (output for output in cell.outputs if "data" in output)
+            path = folder / cell.metadata["file"]
+            path.with_suffix(".tmp").write_text(output["data"]["image/svg+xml"], encoding="utf-8")
+            os.replace(path.with_suffix(".tmp"), path)
 
 
 def main():

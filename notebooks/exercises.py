@@ -710,7 +710,7 @@ def is_inside(answer: object) -> str:
 
 @exercise("5.4", "medium", minutes=15)
 def adding_up(answer: object) -> str:
-    """Cosines after 100 steps of a rule with a constant error, and of one whose error is drawn anew at each step."""
+    """Cosines after 100 iterations of a rule with a constant error, and of one with an error drawn anew at each."""
     got = numbers(answer, (2,), "the pair of cosines")
     steps, size = 100, 0.75
     exact = torch.zeros(20_000, dtype=torch.float64)
@@ -726,7 +726,7 @@ def adding_up(answer: object) -> str:
             raise Wrong(f"With a {which} error the cosine is not quite 1: how long is the sum of 100 such errors?")
         if abs(value - true) > 1e-3:
             raise Wrong(f"With a {which} error it is not {value:g}. How long is the sum of 100 such errors?")
-    return "The same cosine of 0.8 at every step, and after 100 of them one rule has gone astray and the other has not."
+    return "The cosine was 0.8 at every iteration, and after 100 of them one rule has gone astray, the other not."
 
 
 # ---------------------------------------------------------------------------------------------------------------------

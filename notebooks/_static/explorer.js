@@ -435,7 +435,7 @@
     const {query, key} = state, made = views[0], sums = made.sums[query], start = (query * (query + 1)) / 2;
     const at = (name) => number(made[name][start + key]);
     const about = [
-      `${headName(state.head)}, ${METHODS[state.method]}, step ${state.step}. Query ${label(query)}: lateral sum
+      `${headName(state.head)}, ${METHODS[state.method]}, iteration ${state.step}. Query ${label(query)}: lateral sum
         b = ${number(sums.ag)}; over its keys d sums to ${number(sums.d)} and o to ${number(sums.o)}.`,
       `Key ${label(key)}: A = ${at("a")}, g = ${at("g")}; d = ${at("d")} and o = ${at("o")} make f = ${at("f")}.`,
     ];

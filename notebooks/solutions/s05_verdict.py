@@ -16,8 +16,8 @@ Exercise 5.2: not right yet. The shape of the answer is (4,) and should be (5,).
 Exercise 5.2: not right yet. There are NaNs or infinities in the answer.
 
 >>> check("5.4", adding_up)
-Exercise 5.4: right. The same cosine of 0.8 at every step, and after 100 of them one rule has gone
-astray and the other has not.
+Exercise 5.4: right. The cosine was 0.8 at every iteration, and after 100 of them one rule has gone
+astray, the other not.
 >>> check("5.4", (0.8, 0.8))
 Exercise 5.4: not right yet. With a random error it is not 0.8. How long is the sum of 100 such
 errors?

@@ -277,7 +277,7 @@ def test_the_address_holds_everything(browser: Browser) -> None:
     )
     page, trouble = open_explorer(browser, address)
     picture, words = settled(page.locator("#explorer-maps")), page.locator("#explorer-readout").text_content()
-    assert "L2H3, backpropagation, step 100. Query 30" in words
+    assert "L2H3, backpropagation, iteration 100. Query 30" in words
     again, _ = open_explorer(browser, "#" + page.url.partition("#")[2])
     assert settled(again.locator("#explorer-maps")) == picture
     assert again.locator("#explorer-readout").text_content() == words

@@ -594,7 +594,7 @@ def test_figure_2_2_draws_each_method_s_loss_and_the_lines_to_compare_it_with():
         pd.testing.assert_series_equal(shown.value[method], loss, check_names=False)
     assert levels(ax) == [3.3, 2.4]
     assert {text.get_text(): text.xy[1] for text in ax.texts} == {"unigram 3.30": 3.3, "bigram 2.40": 2.4}
-    assert ax.get_xlabel() == "training step" and ax.get_ylabel() == "validation loss (nats per token)"
+    assert ax.get_xlabel() == "iteration" and ax.get_ylabel() == "validation loss (nats per token)"
 
 
 def test_figure_2_3_averages_over_maps_on_the_left_and_over_blocks_on_the_right():
@@ -612,7 +612,7 @@ def test_figure_2_3_averages_over_maps_on_the_left_and_over_blocks_on_the_right(
                 np.testing.assert_allclose(line, list(mean.items()))
         assert len(lines(ax)) == inside[column].nunique()
     assert shown.value.loc[50, ("1", "v_proj")] == 64 and left.get_ylim() == right.get_ylim()
-    assert left.get_xlabel() == "training step" and left.get_ylabel() == "cosine of FA's gradient with BP's"
+    assert left.get_xlabel() == "iteration" and left.get_ylabel() == "cosine of FA's gradient with BP's"
 
 
 # ---- 03 ----

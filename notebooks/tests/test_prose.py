@@ -201,6 +201,13 @@ def test_what_is_exempt_is_there() -> None:
         assert not [fragment for fragment in fragments if fragment not in prose(name).text], name
 
 
+def test_the_readme_shows_the_picture_that_the_front_page_has_drawn() -> None:
+    (cell,) = (cell for cell in cells("index.ipynb") if "file" in cell.metadata)
+    (drawn,) = (output.data["image/svg+xml"] for output in cell.outputs if "data" in output)
+    assert f"](notebooks/{cell.metadata.file})" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert (FOLDER / cell.metadata.file).read_text(encoding="utf-8") == drawn, "make notebooks writes it"
+
+
 @given(st.integers(-99_999_999, 99_999_999), st.integers(0, 4), st.floats(-0.499, 0.499))
 @example(0, 2, 0.3)  # 0.00
 def test_a_claim_holds_to_the_digits_printed_and_not_beyond(digits: int, decimals: int, rest: float) -> None:
