@@ -219,8 +219,8 @@
     return beside && other.head !== undefined ? [{method, head}, other] : [{method, head}];
   };
   const panelName = ({method, head}) => `${headName(head)}, ${method.toUpperCase()}`;
-  const SEQUENTIAL = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]]; // viridis
-  const ENDS = { // of the diverging scale; its middle is the page
+  const MAGMA = [[252, 253, 191], [252, 137, 97], [183, 55, 121], [81, 18, 124], [0, 0, 4]];
+  const ENDS = { // of the diverging scale; its middle is the page, as is the start of the sequential one
     light: [[[5, 48, 97], [67, 147, 195]], [[214, 96, 77], [103, 0, 31]]],
     dark: [[[166, 213, 255], [38, 112, 184]], [[196, 70, 52], [255, 184, 158]]],
   };
@@ -314,7 +314,7 @@
     if (figure.hidden) return;
     const made = views[panel], width = place.clientWidth, {T, left, side, cell, bar: room, middle, height} = places(width);
     const context = canvasOf(place, width, height), high = limitOf(name);
-    const colors = name === "a" ? SEQUENTIAL : theme.diverging;
+    const colors = name === "a" ? theme.sequential : theme.diverging;
     made.sums.forEach((sums, query) => {
       for (let key = 0; key <= query; key++) {
         const v = shade(made[name][(query * (query + 1)) / 2 + key] / high);
@@ -453,7 +453,8 @@
     const rgb = ground.match(/[\d.]+/g).slice(0, 3).map(Number);
     const kind = rgb[0] + rgb[1] + rgb[2] < 384 ? "dark" : "light";
     const [low, high] = ENDS[kind];
-    theme = {ink: color, ground, diverging: [...low, rgb, ...high], ...COLORS[kind]};
+    const sequential = [rgb, ...(kind === "dark" ? MAGMA.toReversed() : MAGMA).slice(1)];
+    theme = {ink: color, ground, sequential, diverging: [...low, rgb, ...high], ...COLORS[kind]};
     if (views.length) draw();
   }
   new MutationObserver(paint).observe(document.body, {attributeFilter: ["data-theme"]});

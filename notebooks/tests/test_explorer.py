@@ -301,18 +301,22 @@ def test_controls_and_maps_are_in_view_together(browser: Browser) -> None:
     assert page.locator("#explorer-controls").bounding_box()["y"] >= 0
 
 
-def test_maps_have_the_ground_of_the_page(browser: Browser) -> None:
+@pytest.mark.parametrize("name", ["a", "f"])
+def test_maps_have_the_ground_of_the_page(browser: Browser, name: str) -> None:
     """A weight of nearly nothing is drawn in the page's own colour, in both schemes."""
     page, _ = open_explorer(browser, "#temperature=0.01")
     for scheme, *_ in (VIEWS["light"], VIEWS["dark"]):
         page.emulate_media(color_scheme=scheme)
         page.wait_for_timeout(300)
-        cell, ground = page.evaluate("""() => {
-            const map = document.querySelector("#explorer-map-f"), canvas = map.querySelector("canvas")
+        cell, ground = page.evaluate(
+            """(name) => {
+            const map = document.querySelector(`#explorer-map-${name}`), canvas = map.querySelector("canvas")
             const scale = canvas.width / map.clientWidth, context = canvas.getContext("2d")
             const shown = [...context.getImageData(16 * scale, canvas.height - 40 * scale, 1, 1).data].slice(0, 3)
             return [shown, getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number)]
-        }""")
+        }""",
+            name,
+        )
         assert max(abs(x - y) for x, y in zip(cell, ground, strict=True)) < 40
         assert (sum(ground) < 384) == (scheme == "dark")
 

@@ -149,7 +149,7 @@ def random_layers(seed=0, size=T, heads=H):
 
 def test_every_figure_has_its_number_a_caption_and_words_for_those_who_cannot_see_it():
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
-        cells = [cell for cell in code_cells(path.stem) if "plt.show()" in cell.source]
+        cells = [cell for cell in code_cells(path.stem) if "plt.show()" in cell.source and "file" not in cell.metadata]
         for i, cell in enumerate(cells, start=1):
             number = f"{0 if path.stem == 'index' else int(path.stem[:2])}.{i}"
             options = cell.metadata["mystnb"]
@@ -503,6 +503,34 @@ def test_the_essay_s_matrix_has_every_verdict_in_its_place(essay_runs):
         (fill,) = (fill for (at, line), fill in fills.items() if abs(at - x) < 1e-6 and line == y)
         assert fill == ("#b7e1cd" if good else "#f6cdb8" if bad else "#eeeeee")
     assert drawn == len(words) == len(fills) > 30
+
+
+def test_the_readme_s_picture_has_each_head_s_energies_and_each_share_solved(essay_runs, monkeypatch):
+    found = random_layers(0, 64)
+    monkeypatch.setattr(helpers, "capture_batch", lambda *args: found)
+    index = ["task", "qk_norm", "rule"]
+    at_own, at_full = (helpers.harm_table(essay_runs, at=whose).set_index(index) for whose in ("own", "full"))
+    names = {"runs": {"bp": SimpleNamespace(model=None)}, "config": SimpleNamespace(n_layer=L, n_head=H)}
+    essay("in-a-picture", at_own=at_own, at_full=at_full, x=None, y=None, **names)
+    known, told, learnt = plt.gcf().axes
+    for ax, part in ((known, 1), (told, 2)):
+        words = {text.get_position(): text.get_text() for text in ax.texts}
+        for layer, head in product(range(L), range(H)):
+            parts = [p.square().sum() for p in split(found[layer].attn[:, head], found[layer].grad[:, head])]
+            share = (parts[part] / parts[0]).item()
+            assert words[head, layer] == f"{share:.2f}"
+            assert ax.images[0].get_array()[layer, head] == pytest.approx(share)
+    assert learnt.yaxis_inverted()
+    networks = {"exact gradient": ("off", "full"), "own error only": ("off", "diagonal")}
+    networks |= {"with a norm, cut": ("cut", "diagonal"), "with an exact norm": ("exact", "diagonal")}
+    expected, filled = [], []
+    for place, cell in ticks(learnt.yaxis).items():
+        for whose in (at_full, at_own):
+            row = whose.loc[("recall", *networks[cell])]
+            expected.append((row.solved / row.seeds, place + (0.12 if whose is at_own else -0.12)))
+            filled.append(whose is at_own)
+    np.testing.assert_allclose([points.get_offsets()[0] for points in learnt.collections], expected)
+    assert [to_hex(points.get_facecolor()[0]) != "#ffffff" for points in learnt.collections] == filled
 
 
 # ---- 01 ----
