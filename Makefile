@@ -107,7 +107,7 @@ $(SITE)/%.ipynb: notebooks/%.ipynb notebooks/exercises.py helpers.py model_local
 report/index.html: $(EXECUTED) $(PAGES) $(wildcard notebooks/_static/* notebooks/_templates/* notebooks/solutions/*) notebooks/references.bib notebooks/conf.py \
     notebooks/pages.py notebooks/single_file.py notebooks/publish.py LICENSE pyproject.toml Makefile
 	@rm -rf $(HTML) $(SINGLE) $(filter-out $(EXECUTED),$(wildcard $(SITE)/*.ipynb $(SITE)/*.md))
-	@cp $(PAGES) $(SITE)
+	@mkdir -p report/.work/data && cp $(PAGES) $(SITE) && cp data/*.csv report/.work/data
 	$(SPHINX) -d report/.work/doctrees $(SITE) $(HTML)
 	$(SPHINX) -b singlehtml -d report/.work/doctrees-single $(SITE) $(SINGLE)
 	$(PY) notebooks/single_file.py $(SINGLE)/index.html $(HTML)/one-file.html

@@ -42,6 +42,8 @@ def inline(page):
     for image in soup.find_all("img", src=True):
         if path := neighbour(page, image["src"]):
             image["src"] = data_address(path)
+    for link in soup.select("a.download"):
+        link.unwrap()  # a table beside the page
     for link in soup.select('a[href^="#document-"]'):  # Sphinx writes #document-PAGE#anchor; the anchor is on this page
         if (anchor := link["href"].find("#", 1)) > 0:
             link["href"] = link["href"][anchor:]
