@@ -298,7 +298,9 @@ PLANS |= {
     for scale in (0.5, 2.0)
 }
 PLANS |= {f"fa-{task}-{arm}": _beside(task, arm, DECIDING, "fa") for task in SEEDS for arm in ("off", "exact")}
-PLANS |= {f"{method}-recall-exact": _beside("recall", "exact", DECIDING, method) for method in ("sign_sym", "dfa")}
+PLANS |= {
+    f"{method}-recall-exact": _beside("recall", "exact", DECIDING, method, seeds=FOUR) for method in ("sign_sym", "dfa")
+}
 PAIRS = {"recall_8": (("full", "diagonal", "zero"), (1e-4, 3e-4, 1e-3)), "recall_16": (("full",), (1e-3,))}
 PLANS |= {  # with sixteen the exact pass alone, notebook 08 says why
     f"pairs-{task}": Plan(
