@@ -2233,12 +2233,13 @@ VERDICT_COLORS["undetermined"] = "#777777"
 def verdict_table(table: pd.DataFrame, digits: int = 3) -> str:
     """The HTML of a table whose column ``verdict`` has the colours of ``plot_harm``.
 
-    Numbers have so many ``digits`` after the point, learning rates (``lr``) those that they have.
+    Numbers have so many ``digits`` after the point, learning rates (``lr``) five.
 
-    >>> "background: #77777740" in verdict_table(pd.DataFrame({"lr": [3e-5], "verdict": ["undetermined"]}))
-    True
+    >>> table = verdict_table(pd.DataFrame({"lr": [3e-5], "harm": [0.0125], "verdict": ["undetermined"]}), digits=2)
+    >>> [part in table for part in (">0.00003<", ">0.01<", "background: #77777740")]
+    [True, True, True]
     """
-    shown = table.style.format(precision=digits, na_rep="").format("{:g}", subset=["lr"])
+    shown = table.style.format(precision=digits, na_rep="").format("{:.5f}", subset=["lr"])
     colors = {verdict: f"background: {color}40" for verdict, color in VERDICT_COLORS.items()}
     shown = shown.map(lambda verdict: colors.get(verdict, ""), subset=["verdict"])
     return shown.set_uuid("verdicts").set_table_attributes('class="dataframe"').to_html()
