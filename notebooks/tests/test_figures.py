@@ -511,7 +511,7 @@ def test_the_readme_s_picture_has_each_head_s_energies_and_each_share_solved(ess
     index = ["task", "qk_norm", "rule"]
     at_own, at_full = (helpers.harm_table(essay_runs, at=whose).set_index(index) for whose in ("own", "full"))
     names = {"runs": {"bp": SimpleNamespace(model=None)}, "config": SimpleNamespace(n_layer=L, n_head=H)}
-    essay("in-a-picture", at_own=at_own, at_full=at_full, x=None, y=None, **names)
+    essay("energies-by-head", "in-a-picture", at_own=at_own, at_full=at_full, x=None, y=None, **names)
     known, told, learnt = plt.gcf().axes
     for ax, part in ((known, 1), (told, 2)):
         words = {text.get_position(): text.get_text() for text in ax.texts}
