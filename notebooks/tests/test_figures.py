@@ -1061,17 +1061,22 @@ def test_figure_8_1_has_both_outcomes_at_both_rates(mending):
 def test_figure_8_6_has_every_run_at_its_dose(mending):
     colors = {"diagonal": COLORS["diag"], "zero": COLORS["offdiag"]}
     run("08_what_mends_it", "figure-8-6", **mending | {"LINES": colors})
-    runs = helpers.load_results(helpers.SECOND_EDITION).query("qk_norm == 'off' and method == 'bp' and lr == 1e-3")
-    runs = runs.query("task == 'recall' and steps == 3000 and 200 <= seed < 204").set_index("softmax_backward")
-    ax = plt.gca()
-    for points, rule in zip(ax.collections, ("zero", "diagonal"), strict=True):
-        names = {0: rule, 1: {"zero": "full", "diagonal": "diagonal_lateral"}[rule]}
-        names |= {dose: f"{rule}_{dose:g}b" for dose in (0.2, 0.4, 0.6, 0.8, 0.9, 1.1, 1.2)}
-        expected = {(dose, accuracy) for dose, name in names.items() for accuracy in runs.loc[name, "accuracy"]}
-        assert {tuple(point) for point in points.get_offsets().tolist()} == expected
-        (line,) = lines(ax)[to_hex(colors[rule])]
-        np.testing.assert_allclose(line, [(dose, runs.loc[names[dose], "accuracy"].mean()) for dose in sorted(names)])
-    assert levels(ax) == [helpers.TASKS["recall"]["data"].best_guess]
+    table = helpers.usual_runs(helpers.load_results(helpers.SECOND_EDITION))
+    table = table.query("task == 'recall' and method == 'bp' and lr == 1e-3 and 200 <= seed < 204")
+    panels = by_title()
+    for norm, title in (("off", "without norms"), ("exact", "under exact norms")):
+        ax = panels.pop(title)
+        runs = table[table["qk_norm"] == norm].set_index("softmax_backward")
+        for points, rule in zip(ax.collections, ("zero", "diagonal"), strict=True):
+            names = {0: rule, 1: {"zero": "full", "diagonal": "diagonal_lateral"}[rule]}
+            names |= {dose: f"{rule}_{dose:g}b" for dose in (0.2, 0.4, 0.6, 0.8, 0.9, 1.1, 1.2)}
+            expected = {(dose, accuracy) for dose, name in names.items() for accuracy in runs.loc[name, "accuracy"]}
+            assert {tuple(point) for point in points.get_offsets().tolist()} == expected
+            (line,) = lines(ax)[to_hex(colors[rule])]
+            means = [(dose, runs.loc[names[dose], "accuracy"].mean()) for dose in sorted(names)]
+            np.testing.assert_allclose(line, means)
+        assert levels(ax) == [helpers.TASKS["recall"]["data"].best_guess]
+    assert not panels
 
 
 def test_figure_8_7_has_a_panel_a_way_and_a_point_a_rate(mending):
