@@ -724,13 +724,22 @@ def _size(maps: Tensor) -> Tensor:
     return torch.linalg.vector_norm(maps, dim=(-2, -1), keepdim=True)
 
 
-def row_constant(a: Tensor, g: Tensor, visible: Tensor, memory: Tensor | None = None) -> Tensor:
-    """``f`` and, of the error of ``diagonal``, only what is the same for all keys of a query: its mean over them.
+@dataclass(frozen=True)
+class PartOfErrorRule:
+    """``f`` and, of what a local rule gets wrong, ``e - f``, one half.
 
-    ``balanced_evenly`` is the counterpart: ``f`` and all of that error but this.
+    Where ``constant`` it is what is the same for all keys of a query, the mean over them; else all but that. Of the
+    error of ``diagonal`` the second half is that of ``balanced_evenly``.
     """
-    constant = diagonal(a, g, visible).sum(-1, keepdim=True) / visible.sum(-1, keepdim=True)
-    return full(a, g, visible) + constant * visible
+
+    base: Rule
+    constant: bool
+
+    def __call__(self, a: Tensor, g: Tensor, visible: Tensor, memory: Tensor | None = None) -> Tensor:
+        f = full(a, g, visible)
+        error = self.base(a, g, visible) - f
+        constant = error.sum(-1, keepdim=True) / visible.sum(-1, keepdim=True) * visible
+        return f + (constant if self.constant else error - constant)
 
 
 @dataclass(frozen=True)
@@ -770,7 +779,10 @@ PROBES |= {
     for fresh in (False, True)
     for absolute in (False, True)
 }
-PROBES["row_constant"] = row_constant
-for _after, _name in itertools.product((500, 2000), ("diagonal", "zero", "balanced_evenly", "row_constant")):
+PROBES["row_constant"] = PartOfErrorRule(diagonal, constant=True)
+PROBES["zero_row_constant"] = PartOfErrorRule(SOFTMAX_BACKWARD["zero"], constant=True)
+PROBES["zero_row_rest"] = PartOfErrorRule(SOFTMAX_BACKWARD["zero"], constant=False)
+HALVES = ("balanced_evenly", "row_constant", "zero_row_rest", "zero_row_constant")
+for _after, _name in itertools.product((500, 2000), ("diagonal", "zero", *HALVES)):
     PROBES[f"full_{_after}_then_{_name}"] = TransplantRule(_after, (SOFTMAX_BACKWARD | PROBES)[_name])
 SOFTMAX_BACKWARD |= PROBES

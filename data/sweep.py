@@ -272,6 +272,10 @@ PLANS = {
 }
 PLANS["messages"] = _beside("recall", "off", [name for name in PROBES if "_as_" in name])
 PLANS["transplants"] = _beside("recall", "off", [name for name in PROBES if "_then_" in name], seeds=FOUR)
+PLANS |= {
+    f"transplants-{arm}": _beside("recall", arm, [f"full_{after}_then_zero" for after in (500, 2000)], seeds=FOUR)
+    for arm in ("tangent", "cut", "exact")
+}
 PLANS |= {f"tangents-{arm}": _beside("recall", arm, ("diagonal", "zero")) for arm in TANGENTS}
 PLANS |= {
     f"long-{arm}": _beside("recall", arm, ("diagonal", "zero"), seeds=FOUR, steps=12_000) for arm in ("exact", "off")
