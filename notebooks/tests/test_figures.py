@@ -1058,9 +1058,37 @@ def test_figure_8_1_has_both_outcomes_at_both_rates(mending):
         assert ends[task] <= found
 
 
-def test_figure_8_6_has_every_run_at_its_dose(mending):
+def test_figure_8_6_has_each_run_in_its_colour(mending):
+    trained = {}
+
+    def train(config, *args, **options):
+        rule, norm = config.softmax_backward, config.qk_norm
+        values = np.random.default_rng(len(trained)).uniform(0.1, 1, (5, 51))
+        names = ("accuracy", "entropy", "score_max", "q_norm", "cos_scores")
+        trained[rule, norm] = {n: pd.Series(v, range(0, 1001, 20)) for n, v in zip(names, values, strict=True)}
+        return SimpleNamespace(series=trained[rule, norm].get)
+
+    task = helpers.TASKS["recall"]["data"]
+    run("08_what_mends_it", "figure-8-6", **mending | {"train": train, "task": task})
+    halves = {"zero": "offdiag", "zero_row_constant": "cross", "zero_row_rest": "dfa"}
+    shown = {(f"full_500_then_{half}", "off"): COLORS[color] for half, color in halves.items()}
+    assert set(trained) == set(shown)
+    panels = dict(zip(("accuracy", "entropy", "score_max", "q_norm"), plt.gcf().axes, strict=True))
+    for (key, color), (metric, ax) in product(shown.items(), panels.items()):
+        (line,) = lines(ax)[to_hex(color)]
+        np.testing.assert_array_equal(line, trained[key][metric].loc[400:].reset_index())
+        assert levels(ax, horizontal=False) == [500]
+    assert [words_over(ax) for ax in panels.values()] == [
+        *("recall accuracy", "entropy of attention", "largest score", "size of queries")
+    ]
+    keys = {name: to_hex(handle.get_color()) for name, handle in legend(panels["q_norm"]).items()}
+    names = "zero", "its constant half", "its other half"
+    assert keys == dict(zip(names, map(to_hex, shown.values()), strict=True))
+
+
+def test_figure_8_7_has_every_run_at_its_dose(mending):
     colors = {"diagonal": COLORS["diag"], "zero": COLORS["offdiag"]}
-    run("08_what_mends_it", "figure-8-6", **mending | {"LINES": colors})
+    run("08_what_mends_it", "figure-8-7", **mending | {"LINES": colors})
     table = helpers.usual_runs(helpers.load_results(helpers.SECOND_EDITION))
     table = table.query("task == 'recall' and method == 'bp' and lr == 1e-3 and 200 <= seed < 204")
     panels = by_title()
@@ -1079,9 +1107,38 @@ def test_figure_8_6_has_every_run_at_its_dose(mending):
     assert not panels
 
 
-def test_figure_8_7_has_a_panel_a_way_and_a_point_a_rate(mending):
+def test_figure_8_8_has_every_run_and_the_harm_of_all_at_each_time(mending):
+    colors = {"full": RULES["full"], "none": "0.6", "diagonal": COLORS["diag"], "zero": COLORS["offdiag"]}
+    run("08_what_mends_it", "figure-8-8", **mending | {"LINES": colors})
+    runs = helpers.load_results(helpers.SECOND_EDITION).query("task == 'shakespeare' and steps == 2000")
+    found = {rule: {} for rule in colors}
+    for row in runs.itertuples():
+        found[row.softmax_backward][row.seed] = [float(loss) for loss in row.losses.split()]
+    left, right = plt.gcf().axes
+    for rule, color in colors.items():
+        expected = [*found[rule].values(), np.mean([*found[rule].values()], axis=0)]
+        assert len(expected) == 5
+        drawn = lines(left)[to_hex(color)]
+        assert sorted(map(tuple, (line[:, 1].round(9) for line in drawn))) == sorted(map(tuple, np.round(expected, 9)))
+        assert all((line[:, 0] == range(0, 2001, 100)).all() for line in drawn)
+    bands = {to_hex(band.get_facecolor()[0]): band.get_paths()[0].vertices for band in right.collections}
+    for rule in ("diagonal", "zero"):
+        (line,) = lines(right)[to_hex(colors[rule])]
+        for step, value in line:
+            seeds = sorted(found[rule])
+            at_step = ([found[name][seed][int(step) // 100] for seed in seeds] for name in (rule, "full", "none"))
+            expected = helpers.harm(*at_step)
+            assert value == pytest.approx(expected.harm)
+            band = bands[to_hex(colors[rule])]
+            ends = sorted(set(band[band[:, 0] == step][:, 1].round(6)))
+            assert {round(expected.low, 6), round(expected.high, 6)} <= set(ends)
+        assert [*line[:, 0]] == [*range(100, 2001, 100)]
+    assert levels(right) == [TOLERABLE]
+
+
+def test_figure_8_9_has_a_panel_a_way_and_a_point_a_rate(mending):
     colors = {"full": RULES["full"], "diagonal": COLORS["diag"], "zero": COLORS["offdiag"]}
-    run("08_what_mends_it", "figure-8-7", **mending | {"LINES": colors})
+    run("08_what_mends_it", "figure-8-9", **mending | {"LINES": colors})
     runs = helpers.load_results(helpers.SECOND_EDITION)
     runs = runs.query(
         "task == 'recall' and method == 'bp' and qk_norm == 'off' and seed in (100, 101) and steps == 3000"
