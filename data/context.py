@@ -22,8 +22,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from helpers import DATA, OPTIMIZERS, Corpus, capture_attention, energy_table, fingerprint, load_corpus, save_atomically
-from model_local import INIT_STD, CausalSelfAttention, LocalGPT, LocalGPTConfig
+from helpers import (
+    DATA,
+    OPTIMIZERS,
+    REGISTRIES,
+    Corpus,
+    capture_attention,
+    energy_table,
+    fingerprint,
+    load_corpus,
+    save_atomically,
+)
+from model_local import INIT_STD, METHODS, CausalSelfAttention, LocalGPT, LocalGPTConfig
 
 CONTEXT = DATA / "context.csv"
 CHECKPOINT = DATA / "runs" / "context.pt"
@@ -173,9 +183,10 @@ def errors_without_autograd(
 
 
 def context_code(corpus: Corpus, rounds: int = ROUNDS, lengths: tuple[int, ...] = LENGTHS) -> str:
-    """What the rows depend on, in twelve digits: the model, the optimizer, the plan and the text."""
+    """What the rows depend on, in twelve digits: the model, the optimizer, the plan and the text; not rules unused."""
     plan = rounds, lengths, TOKENS, LR, SEED
-    return fingerprint(LongGPT, OPTIMIZERS["schedule"], plan, corpus.sha256)[:12]
+    parts = LongGPT, METHODS["bp"], OPTIMIZERS["schedule"], plan, corpus.sha256
+    return fingerprint(*parts, without=REGISTRIES.values())[:12]
 
 
 def main() -> None:
