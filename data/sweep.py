@@ -554,6 +554,8 @@ def sweep(
                 if cells:
                     break
             else:
+                bar.total = bar.n  # what was guessed may not have been needed
+                bar.refresh()
                 return
             finished = 0
             work = (joblib.delayed(run)(cell, device, results, os.getpid()) for cell in cells)
