@@ -1196,7 +1196,11 @@ def capture_attention(model: nn.Module, maps: bool = False, only: str = "") -> I
         for layer in capture.layers:
             layer.close()
     if not capture.layers:
-        why = "none of PyTorch's softmaxes over keys was called" if capture.has_run else "no module was called"
+        why = (
+            "none of PyTorch's softmaxes was called on scores (B, H, T_q, T_k)"
+            if capture.has_run
+            else "no module was called"
+        )
         raise RuntimeError(
             f"{type(model).__name__}: no attention was seen inside the 'with' block: {why}"
             f"{f' in a module whose name matches {only!r}' if only else ''}. A fused kernel that is called directly "

@@ -148,7 +148,7 @@ def test_a_model_without_attention_is_refused():
     linear = torch.nn.Linear(2, 2)
     with pytest.raises(RuntimeError, match=r"Linear: no attention .*: no module was called"), capture_attention(linear):
         pass
-    with pytest.raises(RuntimeError, match="softmaxes over keys was called"), capture_attention(linear):
+    with pytest.raises(RuntimeError, match="softmaxes was called on scores"), capture_attention(linear):
         linear(torch.ones(2)).softmax(-1)
 
 
