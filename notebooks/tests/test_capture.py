@@ -227,4 +227,6 @@ def test_the_forward_and_backward_pass_are_the_same_with_a_capture():
     model.zero_grad()
     with capture_attention(model):
         model(x, y)[1].backward()
-    assert all(torch.equal(p.grad, grad) for p, grad in zip(model.parameters(), expected, strict=True))
+    for parameter, grad in zip(model.parameters(), expected, strict=True):
+        # to rounding: with one thread the order of a sum depends on where its terms lie in memory
+        torch.testing.assert_close(parameter.grad, grad, rtol=1e-5, atol=1e-6 * grad.abs().max().item())
