@@ -1378,7 +1378,7 @@ def _map_sums(attn, grad, visible):
 
     visible: 0 or 1, (B or 1, H or 1, T_q or 1, T_k). It may end before grad does, and attn with it: from there on all
     keys are masked. Returns, by sequence and head, the inner products of ``head_energy`` and its shapes, how far a row
-    is from weights that sum to 1 at the most, and the weights on masked keys.
+    is from weights that sum to 1 at the most, and the sizes of the weights on masked keys.
     """
     B, H, T_q, T_k = attn.shape
     products, shapes, counts = np.zeros((B, H, 6)), np.zeros((B, H, 3)), np.zeros((B, H, 3))
@@ -1389,17 +1389,21 @@ def _map_sums(attn, grad, visible):
         for i in range(T_q):
             a, g = attn[b, h, i], grad[b, h, i]
             seen = visible[min(b, len(visible) - 1), min(h, visible.shape[1] - 1), min(i, visible.shape[2] - 1)]
-            row, sizes, lateral, masked, gg, n_seen, top, end = 0.0, 0.0, 0.0, 0.0, 0.0, 0, 0, 0
-            for j in range(T_k):
+            row, sizes, lateral, masked, gg, n_seen, top, end = 0.0, 0.0, 0.0, 0.0, 0.0, 0, 0, T_k
+            while end > 0 and not seen[end - 1]:  # behind the last visible key little is to be done
+                end -= 1
+            for j in range(end):
                 a_j, g_j = np.float64(a[j]), np.float64(g[j])
                 row += a_j
                 sizes += abs(a_j)
                 lateral += a_j * g_j
-                masked += a_j * (1 - seen[j])
+                masked += abs(a_j) * (1 - seen[j])
                 gg += g_j * g_j
                 n_seen += seen[j]
-                end = max(end, (j + 1) * seen[j])
                 top = max(top, np.float64(a_j).view(np.int64))  # as bits, of which a maximum is fast
+            for j in range(end, T_k):
+                masked += abs(np.float64(a[j]))
+                gg += np.float64(g[j]) * np.float64(g[j])
             for j in range(T_k, len(g)):
                 gg += np.float64(g[j]) * np.float64(g[j])
             wrong = abs(row - min(n_seen, 1)) + (sizes - row)
@@ -1465,14 +1469,15 @@ def head_energy(
 
     Energies are summed over a sequence's (query, key) pairs, averaged over sequences, then divided: a ratio of means.
     Cosines are taken per sequence over the flattened map, then averaged (sequences without any gradient are left out).
-    ``*_lo`` and ``*_hi`` bound the 95 % bootstrap interval over the B sequences. Sums run in float64, rows of attn are
-    scaled to sum to 1, and no absolute epsilon enters anywhere: the scale of grad is free.
+    ``*_lo`` and ``*_hi`` bound the 95 % bootstrap interval over the B sequences: of width 0 for a single one, NaN where a
+    resample held none with a gradient. Sums run in float64, rows of attn are scaled to sum to 1, and no absolute epsilon
+    enters anywhere: the scale of grad is free.
 
     A head is ``defined`` where the rounding of attn and grad, to the precision in which they were made, moves f by no
-    more than ``ROUNDING`` = 1 % of |f|: ratios are then right to 2 %, cosines to 0.01, and NaN as well where a single
-    sequence fails this. That precision is the coarsest that the types, the values (half precision holds them without
-    loss) and the row sums of attn tell. Raises ValueError where attn is not a softmax over the visible keys, and on
-    values that are not finite.
+    more than ``ROUNDING`` = 1 % of |f|: the ratios are then right to 2 % of the largest of them, cosines to 0.01, and
+    NaN as well where a single sequence fails this. That precision is the coarsest that the types, the values (half
+    precision holds them without loss) and the row sums of attn tell. Raises ValueError where attn is not a softmax over
+    the visible keys, and on values that are not finite.
 
     >>> a = torch.tensor([[1.0, 0.0], [0.5, 0.5]]).double()[None, None]
     >>> row = head_energy(a, torch.tensor([[1.0, 0.0], [1.0, -1.0]]).double()[None, None]).iloc[0]
@@ -1561,33 +1566,28 @@ def _figures(sums: HeadSums, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
     ff, dd, df, ee, gg, gf = sums.products.unbind(-1)  # (B, H) each
     oo, do = ff - 2 * df + dd, df - dd  # o = f - d
     B, H = ff.shape
-    shapes = dict(zip(("entropy", "attn_max", "attn_mean"), (sums.shapes / sums.counts).unbind(-1), strict=True))
+    energies = {"r_diag": dd, "r_offdiag": oo, "r_cross": 2 * do, "one_minus_r_diag": ff - dd}
     floor = sums.noise / ROUNDING**2
+    known = ff > floor
+    known &= ~((gg > 0) & ~known).any(0)  # a mean over the other sequences would be that of a selection
     pairs = {"cos_diag": (df, dd), "cos_ste": (gf, ee), "cos_ste_unmasked": (gf, gg)}
-    cosines = {name: torch.where(ff > floor, xf / (xx * ff).sqrt(), torch.nan) for name, (xf, xx) in pairs.items()}
-    unknown = ((gg > 0) & (ff <= floor)).any(0).cpu().numpy()  # a mean over the other sequences is that of a selection
+    cosines = {name: torch.where(known, xf / (xx * ff).sqrt(), torch.nan) for name, (xf, xx) in pairs.items()}
+    shapes = dict(zip(("entropy", "attn_max", "attn_mean"), (sums.shapes / sums.counts).unbind(-1), strict=True))
+    figures = energies | cosines | shapes
 
     # row 0 weighs every sequence once, the others are bootstrap resamples of the sequences
     counts = np.random.default_rng(seed).multinomial(B, np.full(B, 1 / B), size=n_boot)
     weights = np.vstack([np.ones((1, B)), counts])
-
-    def mean(per_sequence: Tensor) -> np.ndarray:
-        """Means over the sequences, undefined ones left out: (1 + n_boot, H)."""
-        values = per_sequence.cpu().numpy()
-        known = np.isfinite(values)
-        with np.errstate(invalid="ignore"):  # a resample without a defined sequence has no mean
-            return weights @ np.where(known, values, 0) / (weights @ known)
-
-    energy, floor = mean(ff), mean(floor)
-    energy[energy <= floor] = np.nan
-    draws = {"r_diag": mean(dd) / energy, "r_offdiag": mean(oo) / energy, "r_cross": 2 * mean(do) / energy}
-    draws["one_minus_r_diag"] = 1 - draws["r_diag"]
-    draws |= {name: np.where(unknown, np.nan, mean(cosine)) for name, cosine in cosines.items()}
-    draws |= {name: mean(value) for name, value in shapes.items()}
-    columns = {"head": range(H), "defined": np.isfinite(energy[0])}
-    for name, draw in draws.items():
-        columns[name] = draw[0]
-        columns[f"{name}_lo"], columns[f"{name}_hi"] = np.quantile(draw[1:], [0.025, 0.975], axis=0)
+    values = torch.stack([ff, floor, *figures.values()]).cpu().numpy()
+    finite = np.isfinite(values)
+    with np.errstate(invalid="ignore"):  # a resample without a defined sequence has no mean
+        energy, floor, *draws = weights @ np.where(finite, values, 0) / (weights @ finite)  # (1 + n_boot, H) each
+    draws = np.stack(draws)
+    draws[: len(energies)] /= np.where(energy > floor, energy, np.nan)
+    low, high = np.quantile(draws[:, 1:], [0.025, 0.975], axis=1)
+    columns = {"head": range(H), "defined": energy[0] > floor[0]}
+    for name, draw, *ends in zip(figures, draws[:, 0], low, high, strict=True):
+        columns |= dict(zip((name, f"{name}_lo", f"{name}_hi"), (draw, *ends), strict=True))
     return pd.DataFrame(columns)
 
 
