@@ -1469,9 +1469,9 @@ def head_energy(
 
     Energies are summed over a sequence's (query, key) pairs, averaged over sequences, then divided: a ratio of means.
     Cosines are taken per sequence over the flattened map, then averaged (sequences without any gradient are left out).
-    ``*_lo`` and ``*_hi`` bound the 95 % bootstrap interval over the B sequences: of width 0 for a single one, NaN where a
-    resample held none with a gradient. Sums run in float64, rows of attn are scaled to sum to 1, and no absolute epsilon
-    enters anywhere: the scale of grad is free.
+    ``*_lo`` and ``*_hi`` bound the 95 % bootstrap interval over the B sequences: of width 0 for a single one, NaN where
+    a resample held none with a gradient. Sums run in float64, rows of attn are scaled to sum to 1, and no absolute
+    epsilon enters anywhere: the scale of grad is free.
 
     A head is ``defined`` where the rounding of attn and grad, to the precision in which they were made, moves f by no
     more than ``ROUNDING`` = 1 % of |f|: the ratios are then right to 2 % of the largest of them, cosines to 0.01, and
