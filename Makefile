@@ -1,5 +1,11 @@
 # Every command calls the environment's own Python by its path: nothing needs to be activated.
 PYTHON ?= python3
+# A misspelled variable would be passed over in silence.
+KNOWN := PYTHON TEXT NANOGPT SITE_URL
+UNKNOWN := $(strip $(foreach name,$(filter-out $(KNOWN),$(.VARIABLES)),$(if $(filter command,$(origin $(name))),$(name))))
+ifdef UNKNOWN
+$(error There is no option $(UNKNOWN): expected $(KNOWN))
+endif
 # Threads that wait spin briefly, then sleep: spinning on, as by default, two notebooks at once each run twenty times slower.
 export GOMP_SPINCOUNT := 5000
 PY := .venv/bin/python
@@ -98,7 +104,7 @@ $(TEXT_READY): .venv/.ready FORCE
 	@cat $@.new
 	@cmp -s $@.new $@ || mv $@.new $@
 
-$(SITE)/%.ipynb: notebooks/%.ipynb notebooks/exercises.py helpers.py model_local.py data/results.csv data/second_edition.csv data/sweep.py \
+$(SITE)/%.ipynb: notebooks/%.ipynb notebooks/exercises.py notebooks/narrow.py helpers.py model_local.py data/results.csv data/second_edition.csv data/sweep.py \
     $(OTHERS) .venv/.ready $(TEXT_READY)
 	@mkdir -p $(@D)
 	@$(PY) notebooks/execute.py $< --output-dir $(@D) > $(@:.ipynb=.time)

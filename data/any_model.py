@@ -212,6 +212,8 @@ def report(model_name: str, text_file: Path, out: Path, length: int, sequences: 
         text = text_file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{text_file} is no UTF-8 text: {error}") from error
+    except OSError as error:
+        raise ValueError(f"the text {text_file} cannot be read: {error.strerror}") from error
     model, tokenizer, ask = load(model_name)
     context = getattr(model.config, "max_position_embeddings", length)
     windows = Windows(text, tokenizer, min(length, context, tokenizer.model_max_length), sequences)

@@ -577,7 +577,13 @@ def sweep(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plan", choices=["all", *PLANS, "small"], default="all")
+    parser.add_argument(
+        "--plan",
+        choices=["all", *PLANS, "small"],
+        default="all",
+        metavar="PLAN",
+        help=f"all, small, {', '.join(PLANS)}",
+    )
     parser.add_argument("--results", type=Path, default=SECOND_EDITION, help="the table to fill in")
     parser.add_argument("--jobs", type=int, default=-1, help="runs side by side (default: one a core)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

@@ -706,7 +706,7 @@ def test_recall_refuses_another_block_size_and_has_a_hash_of_its_own_sizes():
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-def test_make_takes_a_text_with_blanks_in_its_path_and_goes_back_to_shakespeare(tmp_path):
+def test_make_takes_a_text_with_blanks_goes_back_to_shakespeare_and_refuses_what_it_does_not_know(tmp_path):
     shutil.copy(ROOT / "Makefile", tmp_path)
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "python").write_text(
@@ -729,3 +729,6 @@ def test_make_takes_a_text_with_blanks_in_its_path_and_goes_back_to_shakespeare(
     assert own[0] == "own_text: --text=my own 'text'.txt, --name, own_text\n" and own[1] > shakespeare[1]
     again = make()
     assert again[0] == shakespeare[0] and again[1] > own[1]
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        make("TXT=my.txt", "TEXT=my.txt")
+    assert "There is no option TXT: expected PYTHON TEXT" in refused.value.stderr.decode()
