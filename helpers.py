@@ -119,10 +119,13 @@ class Corpus:
         """``val_loss``, see ``evaluate``."""
         return {"val_loss": evaluate(model, self.val)}
 
+    @property
+    def title(self) -> str:
+        return "Tiny Shakespeare" if self.is_shakespeare else self.name
+
     def __repr__(self) -> str:
-        name = "Tiny Shakespeare" if self.is_shakespeare else self.name
         size = f"{len(self.train):,} training and {len(self.val):,} validation tokens, {self.vocab_size} distinct"
-        return f"Corpus: {name}, {size}."
+        return f"Corpus: {self.title}, {size}."
 
     def _repr_markdown_(self) -> str:
         if self.is_shakespeare:

@@ -465,6 +465,7 @@
     width = entry.contentRect.width;
   }).observe($("-maps"));
 
+  $("-corpus").textContent = `of ${EXPLORER.corpus}`;
   const percent = number(100 * error);
   $("-error").textContent =
     `Against 64-bit numbers, they are off by at most ${percent} % of the largest |f| of their head.`;
