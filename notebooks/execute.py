@@ -31,13 +31,14 @@ BAR = re.compile(r"(\r(?:[^\r\n]*?\[\d+:\d\d[^\]\r\n]*\])? *|\x1b\[A)")
 class Client(NotebookClient):
     """Shows the progress bars of cells instead of storing them, and joins the pieces in which a stream arrives."""
 
-    def __init__(self, nb, source):
+    def __init__(self, nb, source, narrow=None):
         super().__init__(
             nb,
             kernel_name="python3",
             record_timing=False,
             resources={"metadata": {"path": source.parent}},
             config=Config(KernelManager={"transport_encryption": "auto"}),  # else each kernel warns that it has none
+            extra_arguments=[f"--IPKernelApp.exec_lines=import narrow; narrow.install({narrow!r})"] if narrow else [],
             on_notebook_start=self.take_interrupts,
             on_cell_start=self.start_cell,
         )
@@ -102,7 +103,7 @@ class Client(NotebookClient):
 def execute(source, target):
     nb = nbformat.read(source, as_version=4)
     start = time.monotonic()
-    client = Client(nb, source)
+    client = Client(nb, source, None if target == source else str(target.parent.absolute() / "narrow"))
     if client.cells.disable:
         client.note(f"{source.stem}: {len(nb.cells)} cells")
     try:

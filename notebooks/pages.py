@@ -134,10 +134,33 @@ def shrink(svg: str) -> str:
     return svg
 
 
+def narrow_version(app, name: str) -> Path:
+    """Where a figure has its version for a phone, if it has one; ``name``: of the figure's own file."""
+    return Path(app.srcdir, "narrow", name)
+
+
+def with_narrow(app, page: str) -> str:
+    """The same HTML, with the narrow versions of its figures beside them."""
+
+    def both(image: re.Match) -> str:
+        if not narrow_version(app, f"{image[2]}.svg").exists():
+            return image[0]
+        return (
+            f'<picture><source media="(max-width: 40em)" srcset="{image[1]}{image[2]}-narrow.svg">{image[0]}</picture>'
+        )
+
+    return re.sub(r'<img [^>]*src="(_images/)(\w+)\.svg"[^>]*>', both, page)
+
+
 def finish(app, exception):
     if exception:
         return
-    for svg in Path(app.outdir, "_images").glob("*.svg"):
+    images = Path(app.outdir, "_images")
+    if app.builder.name == "html":
+        for svg in list(images.glob("*.svg")):
+            if (narrow := narrow_version(app, svg.name)).exists():
+                shutil.copyfile(narrow, svg.with_stem(f"{svg.stem}-narrow"))
+    for svg in images.glob("*.svg"):
         svg.write_text(shrink(svg.read_text(encoding="utf-8")), encoding="utf-8")
     if app.builder.name == "html":
         add_sources(app)
@@ -193,6 +216,16 @@ def complete_exercises(app, doctree):
         if title and number.astext() in app.efforts:
             what = nodes.inline("", f" ({app.efforts[number.astext()]})", classes=["effort"])
             title.parent.insert(title.parent.index(title) + 1, what)
+
+
+def put_notice_first(app, doctree):
+    """That a page was made from another text than its sentences are about stands under its title, whoever says it."""
+    for quote in list(doctree.findall(nodes.block_quote)):
+        if quote.astext().startswith("Not Tiny Shakespeare"):
+            quote.parent.remove(quote)
+            title = doctree.next_node(nodes.title)
+            title.parent.insert(title.parent.index(title) + 1, nodes.note("", *quote.children, classes=["other-text"]))
+            return
 
 
 def name_equations(app, doctree):
@@ -259,7 +292,9 @@ def add_to_page(app, pagename, templatename, context, doctree):
             context[part] = context[part].replace('role="heading">', 'role="heading" aria-level="2">')
     if doctree is None:  # a page that Sphinx makes itself, such as the search
         return
-    paragraphs = [p for p in doctree.findall(nodes.paragraph) if len(p.astext()) > 60]
+    paragraphs = [
+        p for p in doctree.findall(nodes.paragraph) if len(p.astext()) > 60 and not isinstance(p.parent, nodes.note)
+    ]
     said = " ".join(paragraphs[0].astext().removeprefix("Question.").split()) if paragraphs else context["title"]
     if len(said) > 200:
         said = said[:200].rsplit(" ", 1)[0] + " …"
@@ -274,6 +309,8 @@ def add_to_page(app, pagename, templatename, context, doctree):
     tags += [f'<meta property="og:{name}" content="{html.escape(value)}">' for name, value in properties.items()]
     context["metatags"] = "\n".join([context.get("metatags", ""), *tags])
     context["body"] = with_colours(context["body"] + explanations(app, doctree))
+    if app.builder.name == "html":  # a page that is one file has one of each figure
+        context["body"] = with_narrow(app, context["body"])
 
 
 def setup(app):
@@ -281,6 +318,7 @@ def setup(app):
     app.solutions, app.efforts = solutions(), efforts()
     app.connect("builder-inited", add_assets)
     app.connect("doctree-read", complete_exercises)
+    app.connect("doctree-read", put_notice_first)
     app.connect("doctree-read", name_equations)
     app.connect("doctree-read", name_sections)
     app.connect("html-page-context", add_to_page, priority=900)  # after the theme

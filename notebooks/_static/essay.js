@@ -192,7 +192,7 @@ const ESSAY = (() => {
     const value = element("output", {}), last = iterations.length - 1;
     const input = element("input", {type: "range", min: 0, max: last, value: last, name: "iteration"});
     const decades = (rate) => Math.log10(rate / rates[0]) / Math.log10(rates.at(-1) / rates[0]);
-    const across = (rate) => LEFT + 14 + decades(rate) * (NARROW - LEFT - 28);
+    const across = (rate) => LEFT + 14 + decades(rate) * (NARROW - LEFT - 36);
     const drawn = panels.map(({title, curves}) => {
       const made = panel(title, {width: NARROW, log: true});
       made.rescale([0.001, 0.01, 0.1, 1], ends);

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -17,6 +18,7 @@ import pytest
 import yaml
 
 from conf import author, project, release
+from narrow import WIDTH, narrow
 from pages import shrink
 from publish import publish
 from single_file import inline
@@ -183,3 +185,69 @@ def test_a_figure_shrinks_and_stays_the_same(tmp_path):
     assert parts(before)[0] == parts(after)[0]
     np.testing.assert_array_equal(parts(before)[1], parts(after)[1])
     assert len(parts(after)[1]) == 1
+
+
+# ---- narrow figures -----------------------------------------------------------------------------------------------
+
+
+def boxes(figure, artists):
+    renderer = figure.canvas.get_renderer()
+    return [artist.get_tightbbox(renderer) for artist in artists]
+
+
+def a_row(rows, columns, width=11.0):
+    with plt.rc_context({"figure.constrained_layout.use": True}):
+        figure, axes = plt.subplots(rows, columns, figsize=(width, 3 * rows), sharex=True, sharey=True, squeeze=False)
+    for ax in axes.flat:
+        ax.plot([0, 1], label="a line")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("up")
+    axes[0, 0].set_title("a title that takes more than one line where there is only half of a narrow figure")
+    axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1, 1))
+    figure.suptitle("a sentence that says what is seen and takes more than one line $a = b$", x=0.01, ha="left")
+    figure.canvas.draw()
+    return figure
+
+
+@pytest.mark.parametrize("rows, columns, across", [(1, 3, 1), (2, 2, 1), (2, 4, 2)])
+def test_a_narrow_figure_has_its_panels_below_each_other_and_nothing_overlaps(rows, columns, across):
+    figure = a_row(rows, columns)
+    lines = [line for ax in figure.axes for line in ax.lines]
+    assert narrow(figure)
+    figure.canvas.draw()
+    assert figure.get_size_inches()[0] == WIDTH and [line for ax in figure.axes for line in ax.lines] == lines
+    down = rows * columns // across
+    for column in range(across):
+        places = [ax.get_position() for ax in figure.axes[column * down : (column + 1) * down]]
+        assert all(above.y0 > below.y1 for above, below in pairwise(places))
+        assert max(place.x0 for place in places) - min(place.x0 for place in places) < 1e-3
+    for ax in figure.axes:
+        assert ax.get_ylabel() == "up" and any(label.get_text() for label in ax.get_yticklabels())
+        assert ax.get_legend() is None and ax.yaxis.get_tick_params()["labelleft"]
+        assert ax.xaxis.get_tick_params()["labelbottom"]
+    assert len(figure.legends) == 1 and "$a = b$" in figure.get_suptitle() and "\n" in figure.get_suptitle()
+    parts = boxes(figure, [*figure.axes, *figure.legends, figure._suptitle])
+    for i, part in enumerate(parts):
+        assert part.x1 <= figure.bbox.x1 + 1 and not any(part.overlaps(other) for other in parts[i + 1 :])
+    plt.close(figure)
+
+
+def test_a_figure_that_is_narrow_or_a_picture_of_many_stays():
+    for figure in (a_row(1, 1, width=5), a_row(3, 5)):
+        before = figure.get_size_inches().tolist(), [ax.get_subplotspec() for ax in figure.axes], figure.get_suptitle()
+        assert not narrow(figure)
+        assert before == (
+            figure.get_size_inches().tolist(),
+            [ax.get_subplotspec() for ax in figure.axes],
+            figure.get_suptitle(),
+        )
+        plt.close(figure)
+
+
+def test_a_legend_inside_a_panel_stays_there():
+    figure = a_row(1, 2)
+    figure.axes[0].legend(loc="upper left")
+    figure.canvas.draw()
+    assert narrow(figure)
+    assert figure.axes[0].get_legend() and not figure.axes[1].get_legend() and len(figure.legends) == 1
+    plt.close(figure)

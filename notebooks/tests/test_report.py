@@ -20,7 +20,7 @@ from bs4 import BeautifulSoup
 from playwright.sync_api import Browser, Page
 
 from conf import release
-from helpers import COLORS
+from helpers import COLORS, load_corpus
 from pages import efforts, solutions
 
 REPORT = Path(os.environ.get("REPORT", Path(__file__).parents[2] / "report")).resolve()
@@ -205,6 +205,13 @@ def test_a_page_says_what_it_is(name: str) -> None:
     # that they are there, test_links_lead_somewhere says
     assert [a.text for a in foot.select("a")] == ["text of the licence", "source of this page", "how to cite it"]
     assert re.search(r"Last updated on\s+20\d\d-\d\d-\d\d", written(name).select_one(".last-updated").text)
+
+
+@pytest.mark.parametrize("name", [name for name in READ if re.match("index|0[2457]", name)])
+def test_a_page_of_another_text_says_so_under_its_title(name: str) -> None:
+    below = written(name).h1.find_next_sibling()
+    says_so = "other-text" in below.get("class", []) and "seen on that, not here" in below.text
+    assert says_so != load_corpus().is_shakespeare and written(name).text.count("Not Tiny Shakespeare") == says_so
 
 
 def test_navigation_has_groups() -> None:
