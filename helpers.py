@@ -119,13 +119,10 @@ class Corpus:
         """``val_loss``, see ``evaluate``."""
         return {"val_loss": evaluate(model, self.val)}
 
-    @property
-    def title(self) -> str:
-        return "Tiny Shakespeare" if self.is_shakespeare else self.name
-
     def __repr__(self) -> str:
+        name = "Tiny Shakespeare" if self.is_shakespeare else self.name
         size = f"{len(self.train):,} training and {len(self.val):,} validation tokens, {self.vocab_size} distinct"
-        return f"Corpus: {self.title}, {size}."
+        return f"Corpus: {name}, {size}."
 
     def _repr_markdown_(self) -> str:
         if self.is_shakespeare:

@@ -5,8 +5,10 @@ import re
 import textwrap
 from pathlib import Path
 
+from matplotlib.lines import Line2D
+
 WIDTH = 4.8  # inches: on a phone its letters are then as large as those beside it
-MANY = 10  # panels: more of them are a picture, not a row
+MANY = 10  # panels: more of them are a picture, as more than twice as many words in one are a table
 LETTERS = 11  # of the figures' size, on an inch
 
 
@@ -31,14 +33,15 @@ def narrow(figure) -> bool:
     """Arrange a figure that was drawn anew, no wider than ``WIDTH``; False, and it stays, where that cannot be.
 
     Panels in a row come to stand one above the other, two rows of them side by side. Labels that a panel shared with a
-    neighbour it then has itself; legends that stood beside a panel stand below all.
+    neighbour it then has itself, legends become one below all, and words that would not fit a line are broken.
     """
     panels = [ax for ax in figure.axes if ax.get_subplotspec() and ax.get_label() != "<colorbar>"]
     width, height = figure.get_size_inches()
-    if not panels or len(panels) > MANY or width <= 1.3 * WIDTH:
+    words = max((len(ax.texts) for ax in panels), default=0)
+    if not panels or max(len(panels), words / 2) > MANY or width <= 1.3 * WIDTH:
         return False
     grid = panels[0].get_subplotspec().get_gridspec()
-    legends_below(figure, panels)
+    one_legend(figure, panels)
     for ax in panels:
         share_labels(ax, panels)
     across, down = (2, grid.ncols) if grid.nrows == 2 < grid.ncols else (1, len(panels))
@@ -52,29 +55,29 @@ def narrow(figure) -> bool:
     return True
 
 
-def legends_below(figure, panels) -> None:
-    """Legends that do not stand inside a panel stand below all of them."""
-    outside = list(figure.legends)
-    for ax in panels:
-        if legend := ax.get_legend():
-            box = legend.get_window_extent()
-            if box.x0 < ax.bbox.x0 or box.x1 > ax.bbox.x1 + 1:
-                outside.append(legend)
-    for legend in outside:
-        entries = legend.legend_handles, [text.get_text() for text in legend.get_texts()]
+def one_legend(figure, panels) -> None:
+    """All entries of all legends below all panels, each once; a legend's title is an entry without a mark."""
+    entries = {}
+    for legend in filter(None, [ax.get_legend() for ax in panels] + figure.legends):
+        if title := legend.get_title().get_text():
+            entries[title] = Line2D([], [], linestyle="")
+        for text, handle in zip(legend.get_texts(), legend.legend_handles, strict=True):
+            entries.setdefault(text.get_text(), handle)
         legend.remove()
-        figure.legend(
-            *entries, loc="outside lower left", fontsize="small", ncols=2, title=legend.get_title().get_text()
-        )
+    if entries:
+        columns = 2 if max(map(len, entries)) < LETTERS * WIDTH / 2 - 8 else 1
+        figure.legend(entries.values(), entries.keys(), loc="outside lower left", fontsize="small", ncols=columns)
 
 
 def share_labels(ax, panels) -> None:
-    """Labels and numbers that it had from the last panel below, and from the first one at its left."""
+    """What it had from its neighbours: words and numbers below the last panel, beside and above the first one."""
     place = ax.get_subplotspec()
     for other in panels:
         theirs = other.get_subplotspec()
         if theirs.colspan == place.colspan and not ax.get_xlabel():
             ax.set_xlabel(other.get_xlabel())
+        if theirs.colspan == place.colspan and not ax.get_title("left"):
+            ax.set_title(other.get_title("left"), loc="left")
         if theirs.rowspan == place.rowspan and not ax.get_ylabel():
             ax.set_ylabel(other.get_ylabel())
     if len(ax.get_shared_x_axes().get_siblings(ax)) > 1:
@@ -84,7 +87,7 @@ def share_labels(ax, panels) -> None:
 
 
 def wrap(figure, panels, letters: int) -> int:
-    """Break what is longer than a line; returns how many lines the titles have in all."""
+    """Break what is longer than a line, turn numbers that would meet; returns the number of lines of all titles."""
 
     def fill(words: str, letters: int) -> str:
         whole = re.sub(r"\$[^$]*\$", lambda formula: formula[0].replace(" ", "\0"), words)
@@ -101,4 +104,7 @@ def wrap(figure, panels, letters: int) -> int:
                 ax.set_title(words, loc=place)
                 lines += words.count("\n") + 1
         ax.set_xlabel(fill(ax.get_xlabel(), letters))
+        names = [label.get_text() for label in ax.get_xticklabels()]
+        if sum(len(name) + 1 for name in names if "$" not in name) > letters:
+            ax.tick_params(axis="x", labelrotation=90)
     return lines

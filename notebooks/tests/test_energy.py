@@ -333,6 +333,7 @@ def test_one_sequence_that_rounding_decides_leaves_the_cosine_undefined_not_sele
 # --- the boundary ----------------------------------------------------------------------------------------------------
 
 ATTN, GRAD = random_maps(B=2, H=2, T=3)
+BEHIND = torch.zeros(3, 3).index_put((torch.tensor(0), torch.tensor(1)), torch.tensor(0.5))  # key 1, of query 0
 NEGATIVE = torch.tensor([[1.0, 0.0, 0.0], [1.5, -0.5, 0.0], [0.2, 0.3, 0.5]]).expand(2, 2, 3, 3)
 
 
@@ -346,6 +347,8 @@ NEGATIVE = torch.tensor([[1.0, 0.0, 0.0], [1.5, -0.5, 0.0], [0.2, 0.3, 0.5]]).ex
         (ATTN, GRAD * math.nan, {}, "not finite"),
         (ATTN, torch.where(GRAD[0, 1, 2, 0] == GRAD, math.inf, GRAD), {}, "not finite"),
         (ATTN.tril(-1) + ATTN.triu(), GRAD, {"visible": torch.eye(3, dtype=torch.bool)}, "not zero on masked keys"),
+        (ATTN + BEHIND, GRAD, {}, "not zero on masked keys"),
+        (ATTN + BEHIND - BEHIND.roll(1, -1), GRAD, {}, "not zero on masked keys"),
         (ATTN, GRAD, {"visible": torch.ones(3, 3)}, "boolean map"),
         (ATTN, GRAD, {"visible": torch.ones(3, 2, 3, 3, dtype=torch.bool)}, "boolean map"),
         (ATTN, GRAD, {"visible": torch.ones(1, 2, 2, 3, 3, dtype=torch.bool)}, "boolean map"),

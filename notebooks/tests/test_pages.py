@@ -244,10 +244,17 @@ def test_a_figure_that_is_narrow_or_a_picture_of_many_stays():
         plt.close(figure)
 
 
-def test_a_legend_inside_a_panel_stays_there():
+def test_legends_become_one_with_every_entry_once_and_names_that_would_meet_are_turned():
     figure = a_row(1, 2)
-    figure.axes[0].legend(loc="upper left")
+    left, right = figure.axes
+    right.plot([1, 0], label="another")
+    left.legend(title="of the left")
+    right.legend()
+    left.set_xticks(np.linspace(0, 1, 16), [f"L{i // 4}H{i % 4}" for i in range(16)])
     figure.canvas.draw()
     assert narrow(figure)
-    assert figure.axes[0].get_legend() and not figure.axes[1].get_legend() and len(figure.legends) == 1
+    assert not left.get_legend() and not right.get_legend()
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["of the left", "a line", "another"]
+    assert {label.get_rotation() for label in left.get_xticklabels()} == {90}
     plt.close(figure)
