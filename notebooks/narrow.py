@@ -21,9 +21,10 @@ def install(folder: str) -> None:
 
     def print_figure(figure, fmt="png", **options):
         wide = shown(figure, fmt, **options)
-        if fmt == "svg" and narrow(figure):
-            name = hashlib.sha256("\n".join(wide.splitlines()).encode()).hexdigest()
-            Path(folder, f"{name}.svg").write_text(shown(figure, fmt, **options), encoding="utf-8")
+        path = Path(folder, hashlib.sha256("\n".join(wide.splitlines()).encode()).hexdigest() + f".{fmt}")
+        path.unlink(missing_ok=True)  # an earlier one, made by other rules
+        if narrow(figure):
+            path.write_text(shown(figure, fmt, **options), encoding="utf-8")
         return wide
 
     pylabtools.print_figure = print_figure
@@ -38,7 +39,8 @@ def narrow(figure) -> bool:
     panels = [ax for ax in figure.axes if ax.get_subplotspec() and ax.get_label() != "<colorbar>"]
     width, height = figure.get_size_inches()
     words = max((len(ax.texts) for ax in panels), default=0)
-    if not panels or max(len(panels), words / 2) > MANY or width <= 1.3 * WIDTH:
+    drawing = len(panels) == 1 and not panels[0].axison
+    if not panels or drawing or max(len(panels), words / 2) > MANY or width <= 1.3 * WIDTH:
         return False
     grid = panels[0].get_subplotspec().get_gridspec()
     one_legend(figure, panels)
@@ -49,7 +51,7 @@ def narrow(figure) -> bool:
     for i, ax in enumerate(panels):
         ax.set_subplotspec(places[i % down, i // down])
     titles = wrap(figure, panels, int(LETTERS * (WIDTH / across - 0.6)))  # less what numbers take
-    below = sum(len(legend.get_texts()) // 2 + 1 for legend in figure.legends)
+    below = sum(len(legend.get_texts()) for legend in figure.legends)
     each = height / grid.nrows if len(panels) > 1 else height
     figure.set_size_inches(WIDTH, max(1.5, each) * down + 0.2 * (titles + below))
     return True
@@ -57,15 +59,19 @@ def narrow(figure) -> bool:
 
 def one_legend(figure, panels) -> None:
     """All entries of all legends below all panels, each once; a legend's title is an entry without a mark."""
-    entries = {}
-    for legend in filter(None, [ax.get_legend() for ax in panels] + figure.legends):
+    legends = [*filter(None, [ax.get_legend() for ax in panels]), *figure.legends]
+    marks = {}
+    for ax in panels:
+        marks |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    entries, columns = {}, 2
+    for legend in legends:
         if title := legend.get_title().get_text():
-            entries[title] = Line2D([], [], linestyle="")
+            entries[title], columns = Line2D([], [], linestyle=""), 1
         for text, handle in zip(legend.get_texts(), legend.legend_handles, strict=True):
-            entries.setdefault(text.get_text(), handle)
+            entries.setdefault(text.get_text(), marks.get(text.get_text(), handle))
         legend.remove()
     if entries:
-        columns = 2 if max(map(len, entries)) < LETTERS * WIDTH / 2 - 8 else 1
+        columns = columns if max(map(len, entries)) < LETTERS * WIDTH / 2 - 8 else 1
         figure.legend(entries.values(), entries.keys(), loc="outside lower left", fontsize="small", ncols=columns)
 
 
@@ -87,12 +93,15 @@ def share_labels(ax, panels) -> None:
 
 
 def wrap(figure, panels, letters: int) -> int:
-    """Break what is longer than a line, turn numbers that would meet; returns the number of lines of all titles."""
+    """Break what is longer than a line, turn names that would meet; returns the number of lines of all titles."""
 
     def fill(words: str, letters: int) -> str:
         whole = re.sub(r"\$[^$]*\$", lambda formula: formula[0].replace(" ", "\0"), words)
-        return textwrap.fill(whole, letters, break_long_words=False, break_on_hyphens=False).replace("\0", " ")
+        return textwrap.fill(whole, letters, break_on_hyphens=False).replace("\0", " ")
 
+    if len(panels) == 1 and not figure.get_suptitle():  # then it may begin at the left of the numbers
+        figure.suptitle(panels[0].get_title("left"))
+        panels[0].set_title("", loc="left")
     lines = 0
     if words := figure.get_suptitle():
         words = fill(words, int(0.95 * LETTERS * WIDTH))
@@ -105,6 +114,6 @@ def wrap(figure, panels, letters: int) -> int:
                 lines += words.count("\n") + 1
         ax.set_xlabel(fill(ax.get_xlabel(), letters))
         names = [label.get_text() for label in ax.get_xticklabels()]
-        if sum(len(name) + 1 for name in names if "$" not in name) > letters:
+        if sum(len(name) + 1 for name in names if name[:1].isalpha()) > letters:
             ax.tick_params(axis="x", labelrotation=90)
     return lines
