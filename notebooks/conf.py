@@ -40,4 +40,8 @@ html_show_search_summary = False  # it would fetch every page found, which a bro
 
 # Formulas as SVG by a script inside the site.
 mathjax_path = "tex-svg.js"
-mathjax3_config = {"tex": {"tags": "ams"}, "svg": {"fontCache": "global"}}
+mathjax3_config = {
+    "tex": {"tags": "ams"},
+    "svg": {"fontCache": "global"},
+    "options": {"enableMenu": False},  # its menu would make every formula a stop of the Tab key
+}

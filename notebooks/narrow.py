@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.lines import Line2D
 
 WIDTH = 4.8  # inches: on a phone its letters are then as large as those beside it
-MANY = 10  # panels: more of them are a picture, as more than twice as many words in one are a table
+MANY = 15  # panels: more of them are a picture; and words in one: more of them are a table, unless they name colours
 LETTERS = 11  # of the figures' size, on an inch
 
 
@@ -33,26 +33,26 @@ def install(folder: str) -> None:
 def narrow(figure) -> bool:
     """Arrange a figure that was drawn anew, no wider than ``WIDTH``; False, and it stays, where that cannot be.
 
-    Panels in a row come to stand one above the other, two rows of them side by side. Labels that a panel shared with a
-    neighbour it then has itself, legends become one below all, and words that would not fit a line are broken.
+    Panels in a row come to stand one above the other, several rows of them side by side. Labels that a panel shared
+    with a neighbour it then has itself, legends become one below all, and words that would not fit a line are broken.
     """
     panels = [ax for ax in figure.axes if ax.get_subplotspec() and ax.get_label() != "<colorbar>"]
     width, height = figure.get_size_inches()
-    words = max((len(ax.texts) for ax in panels), default=0)
+    words = max((len(ax.texts) for ax in panels if not (ax.images or ax.collections)), default=0)
     drawing = len(panels) == 1 and not panels[0].axison
-    if not panels or drawing or max(len(panels), words / 2) > MANY or width <= 1.3 * WIDTH:
+    if not panels or drawing or max(len(panels), words) > MANY or width <= 1.3 * WIDTH:
         return False
     grid = panels[0].get_subplotspec().get_gridspec()
     one_legend(figure, panels)
     for ax in panels:
         share_labels(ax, panels)
-    across, down = (2, grid.ncols) if grid.nrows == 2 < grid.ncols else (1, len(panels))
+    across, down = (grid.nrows, grid.ncols) if 1 < grid.nrows < grid.ncols else (1, len(panels))
     places = figure.add_gridspec(down, across)
     for i, ax in enumerate(panels):
         ax.set_subplotspec(places[i % down, i // down])
     titles = wrap(figure, panels, int(LETTERS * (WIDTH / across - 0.6)))  # less what numbers take
     below = sum(len(legend.get_texts()) for legend in figure.legends)
-    each = height / grid.nrows if len(panels) > 1 else height
+    each = min(height / grid.nrows, 1.2 * WIDTH / across) if len(panels) > 1 else height
     figure.set_size_inches(WIDTH, max(1.5, each) * down + 0.2 * (titles + below))
     return True
 
@@ -104,7 +104,7 @@ def wrap(figure, panels, letters: int) -> int:
         panels[0].set_title("", loc="left")
     lines = 0
     if words := figure.get_suptitle():
-        words = fill(words, int(0.95 * LETTERS * WIDTH))
+        words = fill(words, int(0.9 * LETTERS * WIDTH))
         figure.suptitle(words, x=0.01, ha="left")
         lines += words.count("\n") + 1
     for ax in panels:

@@ -44,6 +44,8 @@ const ESSAY = (() => {
   function replace(name, ...content) {
     const figure = document.getElementById(name);
     figure.querySelector("img").hidden = true;
+    const words = figure.querySelector(".caption-text").lastChild; // of the static picture it says that it could be moved
+    words.data = words.data.replace(/ \(On the report.*\)$/, "");
     figure.querySelector("figcaption").before(element("div", {class: "essay"}, ...content));
   }
 

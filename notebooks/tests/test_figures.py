@@ -723,7 +723,7 @@ def test_figure_4_3_shows_the_head_whose_parts_cancel_most_on_its_text():
     table = head_table(1, "r_cross").assign(r_cross=[-0.1, -0.2, -0.3, -0.4, -0.9, -0.5])  # L1H1
     text = "To be, or not:"
     names = {"tables": {"fa": table}, "captured": {"fa": layers}, "x": torch.arange(size)[None]}
-    corpus = SimpleNamespace(is_shakespeare=False, decode=lambda ids: "".join(text[i] for i in ids))
+    corpus = SimpleNamespace(is_shakespeare=False, name="a", decode=lambda ids: "".join(text[i] for i in ids))
     shown = run("04_energy_split", "figure-4-3", "numbers-4-3", corpus=corpus, **names)
     a, g = layers[1].attn[0, 1], layers[1].grad[0, 1]
     tri = torch.ones(size, size).tril().bool()
@@ -983,7 +983,9 @@ def test_the_explorer_s_data_decode_to_every_head_in_its_order(tmp_path):
     rows, columns = np.tril_indices(T)
     names = {"runs": runs, "MOMENTS": (0, 50), "T": T, "text": text, "rows": rows, "columns": columns}
     names |= {"capture_text": capture, "STEPS": 50, "opening": {}, "settled": {}}
-    names["corpus"] = SimpleNamespace(is_shakespeare=False, stoi={c: i for i, c in enumerate(sorted(set(text)))})
+    names["corpus"] = SimpleNamespace(
+        is_shakespeare=False, name="a", stoi={c: i for i, c in enumerate(sorted(set(text)))}
+    )
 
     shown = run("07_explore", "def quantise(", "def pack(", **names)
     exec(

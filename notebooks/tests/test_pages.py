@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from conf import author, project, release
+from helpers import set_style
 from narrow import WIDTH, narrow
 from pages import shrink
 from publish import publish
@@ -196,8 +197,8 @@ def boxes(figure, artists):
 
 
 def a_row(rows, columns, width=11.0):
-    with plt.rc_context({"figure.constrained_layout.use": True}):
-        figure, axes = plt.subplots(rows, columns, figsize=(width, 3 * rows), sharex=True, sharey=True, squeeze=False)
+    set_style()
+    figure, axes = plt.subplots(rows, columns, figsize=(width, 3 * rows), sharex=True, sharey=True, squeeze=False)
     for ax in axes.flat:
         ax.plot([0, 1], label="a line")
     for ax in axes[:, 0]:
@@ -233,7 +234,7 @@ def test_a_narrow_figure_has_its_panels_below_each_other_and_nothing_overlaps(ro
 
 
 def test_a_figure_that_is_narrow_or_a_picture_of_many_stays():
-    for figure in (a_row(1, 1, width=5), a_row(3, 5)):
+    for figure in (a_row(1, 1, width=5), a_row(3, 6)):
         before = figure.get_size_inches().tolist(), [ax.get_subplotspec() for ax in figure.axes], figure.get_suptitle()
         assert not narrow(figure)
         assert before == (
