@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.lines import Line2D
 
 WIDTH = 4.8  # inches: on a phone its letters are then as large as those beside it
-MANY = 15  # panels: more of them are a picture; and words in one: more of them are a table, unless they name colours
+MANY = 15  # panels: more of them are a picture, as twice as many words in one are a table, unless they name colours
 LETTERS = 11  # of the figures' size, on an inch
 
 
@@ -40,13 +40,16 @@ def narrow(figure) -> bool:
     width, height = figure.get_size_inches()
     words = max((len(ax.texts) for ax in panels if not (ax.images or ax.collections)), default=0)
     drawing = len(panels) == 1 and not panels[0].axison
-    if not panels or drawing or max(len(panels), words) > MANY or width <= 1.3 * WIDTH:
+    if not panels or drawing or max(len(panels), words / 2) > MANY or width <= 1.3 * WIDTH:
         return False
     grid = panels[0].get_subplotspec().get_gridspec()
     one_legend(figure, panels)
-    for ax in panels:
-        share_labels(ax, panels)
     across, down = (grid.nrows, grid.ncols) if 1 < grid.nrows < grid.ncols else (1, len(panels))
+    if across > 1 and len({ax.get_ylabel() for ax in panels if ax.get_subplotspec().is_first_col()}) > 1:
+        turn_labels(panels)
+    else:
+        for ax in panels:
+            share_labels(ax, panels)
     places = figure.add_gridspec(down, across)
     for i, ax in enumerate(panels):
         ax.set_subplotspec(places[i % down, i // down])
@@ -73,6 +76,18 @@ def one_legend(figure, panels) -> None:
     if entries:
         columns = columns if max(map(len, entries)) < LETTERS * WIDTH / 2 - 8 else 1
         figure.legend(entries.values(), entries.keys(), loc="outside lower left", fontsize="small", ncols=columns)
+
+
+def turn_labels(panels) -> None:
+    """Labels as in a table that is turned: what stood beside a row stands above a column, and the other way round."""
+    places = {ax: ax.get_subplotspec() for ax in panels}
+    above = {at.colspan.start: ax.get_title() or ax.get_title("left") for ax, at in places.items() if at.is_first_row()}
+    beside = {at.rowspan.start: ax.get_ylabel() for ax, at in places.items() if at.is_first_col()}
+    for ax, place in places.items():
+        ax.set_title("", loc="center")
+        ax.set_title(beside[place.rowspan.start] if place.is_first_col() else "", loc="left")
+        ax.set_ylabel(above[place.colspan.start] if place.is_first_row() else "")
+        ax.tick_params(labelleft=place.is_first_row(), labelbottom=place.is_last_col())
 
 
 def share_labels(ax, panels) -> None:

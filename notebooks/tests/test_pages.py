@@ -233,6 +233,25 @@ def test_a_narrow_figure_has_its_panels_below_each_other_and_nothing_overlaps(ro
     plt.close(figure)
 
 
+def test_the_labels_of_a_grid_are_turned_with_it():
+    set_style()
+    figure, axes = plt.subplots(3, 5, figsize=(11, 7), sharex=True, sharey=True)
+    for ax, title in zip(axes[0], "agdof", strict=True):
+        ax.set_title(title, loc="center")
+    for ax, moment in zip(axes[:, 0], ("early", "later", "late"), strict=True):
+        ax.set_ylabel(moment)
+    figure.canvas.draw()
+    assert narrow(figure)
+    figure.canvas.draw()
+    assert [ax.get_title("left") for ax in axes[:, 0]] == ["early", "later", "late"]
+    assert [ax.get_ylabel() for ax in axes[0]] == [*"agdof"]
+    assert not any(ax.get_ylabel() or ax.yaxis.get_tick_params()["labelleft"] for ax in axes[1:].flat)
+    assert all(ax.get_title() == "" for ax in axes.flat) and not any(ax.get_title("left") for ax in axes[:, 1:].flat)
+    places = np.array([[ax.get_position().p0 for ax in row] for row in axes])
+    assert np.ptp(places[:, :, 0], axis=1).max() < 1e-3 and (np.diff(places[:, :, 1], axis=1) < 0).all()
+    plt.close(figure)
+
+
 def test_a_figure_that_is_narrow_or_a_picture_of_many_stays():
     for figure in (a_row(1, 1, width=5), a_row(3, 6)):
         before = figure.get_size_inches().tolist(), [ax.get_subplotspec() for ax in figure.axes], figure.get_suptitle()

@@ -361,8 +361,29 @@ def test_what_scrolls_on_a_phone_says_so(browser: Browser) -> None:
     assert figure.evaluate("f => !f.matches('.more')")
 
 
-@pytest.mark.parametrize(
-    ("system", "theme", "dark"),
+@pytest.mark.parametrize("name", ["index.html", "08_what_mends_it.html"])
+def test_a_wide_figure_has_a_narrow_version_on_a_phone(browser: Browser, name: str) -> None:
+    """Its panels stand one above the other, and it fits; on a wide window it is the other one."""
+    page, _ = visit_page(browser, name)
+    for view, narrow in ((DESKTOP, False), (PHONE, True)):
+        page.set_viewport_size(view)
+        page.wait_for_timeout(500)
+        pictures = page.eval_on_selector_all(
+            "figure picture img:not([hidden])",
+            """all => all.map(img => ({
+                file: img.currentSrc, fits: img.closest("figure").scrollWidth <= img.closest("figure").clientWidth + 1,
+                upright: img.naturalHeight / img.naturalWidth, letters: img.clientWidth / img.naturalWidth
+            }))""",
+        )
+        assert len(pictures) >= 5
+        for picture in pictures:
+            assert picture["file"].endswith("-narrow.svg") == narrow
+            if narrow:
+                assert picture["fits"] and picture["upright"] > 0.5 and picture["letters"] > 0.6
+
+
+def test_search_finds(browser: Browser) -> None:
+,
     [("light", "auto", False), ("dark", "auto", True), ("light", "dark", True), ("dark", "light", False)],
 )
 def test_figures_are_dark_where_the_page_is(browser: Browser, system: str, theme: str, dark: bool) -> None:
