@@ -206,7 +206,7 @@
     if (text) {
       for (const {method, head} of panels()) own(method, head);
       const spent = Math.round(performance.now() - start), loss = number(runs[state.method].loss);
-      shown.said = `L = ${loss} nats a character; a forward and a backward pass in ${spent} ms.`;
+      shown.said = `L = ${loss} nats a character at iteration ${LAST}; a forward and a backward pass in ${spent} ms.`;
     }
     say(shown.said);
   }
