@@ -21,10 +21,11 @@ def install(folder: str) -> None:
 
     def print_figure(figure, fmt="png", **options):
         wide = shown(figure, fmt, **options)
-        path = Path(folder, hashlib.sha256("\n".join(wide.splitlines()).encode()).hexdigest() + f".{fmt}")
-        path.unlink(missing_ok=True)  # an earlier one, made by other rules
-        if narrow(figure):
-            path.write_text(shown(figure, fmt, **options), encoding="utf-8")
+        if fmt == "svg":
+            path = Path(folder, hashlib.sha256("\n".join(wide.splitlines()).encode()).hexdigest() + ".svg")
+            path.unlink(missing_ok=True)  # an earlier one, made by other rules
+            if narrow(figure):
+                path.write_text(shown(figure, fmt, **options), encoding="utf-8")
         return wide
 
     pylabtools.print_figure = print_figure
