@@ -205,7 +205,7 @@ def a_row(rows, columns, width=11.0):
         ax.set_ylabel("up")
     axes[0, 0].set_title("a title that takes more than one line where there is only half of a narrow figure")
     axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1, 1))
-    figure.suptitle("a sentence that says what is seen and takes more than one line $a = b$", x=0.01, ha="left")
+    figure.suptitle("a sentence of whose lines the first may end in $a = b + c$ and more", x=0.01, ha="left")
     figure.canvas.draw()
     return figure
 
@@ -226,7 +226,7 @@ def test_a_narrow_figure_has_its_panels_below_each_other_and_nothing_overlaps(ro
         assert ax.get_ylabel() == "up" and any(label.get_text() for label in ax.get_yticklabels())
         assert ax.get_legend() is None and ax.yaxis.get_tick_params()["labelleft"]
         assert ax.xaxis.get_tick_params()["labelbottom"]
-    assert len(figure.legends) == 1 and "$a = b$" in figure.get_suptitle() and "\n" in figure.get_suptitle()
+    assert len(figure.legends) == 1 and "$a = b + c$" in figure.get_suptitle() and "\n" in figure.get_suptitle()
     parts = boxes(figure, [*figure.axes, *figure.legends, figure._suptitle])
     for i, part in enumerate(parts):
         assert part.x1 <= figure.bbox.x1 + 1 and not any(part.overlaps(other) for other in parts[i + 1 :])
