@@ -205,7 +205,7 @@ def a_row(rows, columns, width=11.0):
         ax.set_ylabel("up")
     axes[0, 0].set_title("a title that takes more than one line where there is only half of a narrow figure")
     axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1, 1))
-    figure.suptitle("a sentence of whose lines the first may end in $a = b + c$ and more", x=0.01, ha="left")
+    figure.suptitle("a sentence of whose lines the first ends in $a = b + c$ and more", x=0.01, ha="left")
     figure.canvas.draw()
     return figure
 
