@@ -25,6 +25,9 @@ HERE = Path(__file__).parent
 FACES = {("normal", 400): "Regular", ("italic", 400): "It", ("normal", 600): "Semibold", ("italic", 600): "SemiboldIt"}
 # Latin letters for names, punctuation, arrows, and the minus and the comparisons of running text
 LETTERS = [*range(0x20, 0x17F), *range(0x2010, 0x2034), *range(0x2190, 0x2194), 0x2212, 0x2248, 0x2260, 0x2264, 0x2265]
+PLAIN = re.compile(
+    r'<span class="[npw]">([^<]*)</span>'
+)  # of code: names, marks and blanks, coloured as what is around
 EXPLAINED = re.compile(r"\b(glossary|references)\b[^#]*#([^#]+)$")  # links to these are explained on the spot
 
 
@@ -308,7 +311,7 @@ def add_to_page(app, pagename, templatename, context, doctree):
     tags = [f'<meta name="description" content="{html.escape(said)}">']
     tags += [f'<meta property="og:{name}" content="{html.escape(value)}">' for name, value in properties.items()]
     context["metatags"] = "\n".join([context.get("metatags", ""), *tags])
-    context["body"] = with_colours(context["body"] + explanations(app, doctree))
+    context["body"] = PLAIN.sub(r"\1", with_colours(context["body"] + explanations(app, doctree)))
     if app.builder.name == "html":  # a page that is one file has one of each figure
         context["body"] = with_narrow(app, context["body"])
 
