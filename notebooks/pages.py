@@ -25,9 +25,7 @@ HERE = Path(__file__).parent
 FACES = {("normal", 400): "Regular", ("italic", 400): "It", ("normal", 600): "Semibold", ("italic", 600): "SemiboldIt"}
 # Latin letters for names, punctuation, arrows, and the minus and the comparisons of running text
 LETTERS = [*range(0x20, 0x17F), *range(0x2010, 0x2034), *range(0x2190, 0x2194), 0x2212, 0x2248, 0x2260, 0x2264, 0x2265]
-PLAIN = re.compile(
-    r'<span class="[npw]">([^<]*)</span>'
-)  # of code: names, marks and blanks, coloured as what is around
+PLAIN = re.compile(r'<span class="[npw]">([^<]*)</span>')  # in code, what is coloured as the text around it
 EXPLAINED = re.compile(r"\b(glossary|references)\b[^#]*#([^#]+)$")  # links to these are explained on the spot
 
 

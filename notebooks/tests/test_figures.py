@@ -480,7 +480,7 @@ def test_the_essay_draws_every_run_by_its_drift(essay_runs):
 def test_the_essay_s_matrix_has_every_verdict_in_its_place(essay_runs):
     at_full = helpers.harm_table(essay_runs, at="full").set_index(["task", "qk_norm", "rule"])
     settings = {"off": "", "cut": "", "exact": ""}
-    essay("figure-0-8", at_full=at_full, SETTINGS=settings)
+    essay("matrix-entries", "figure-0-8", at_full=at_full, SETTINGS=settings)
     ax = plt.gca()
     rules = [re.search(r"\((\w+)\)", label)[1] for label in ticks(ax.yaxis).values()]
     assert ax.yaxis_inverted() and not {"full", "none"} & {*rules}
@@ -723,7 +723,7 @@ def test_figure_4_3_shows_the_head_whose_parts_cancel_most_on_its_text():
     table = head_table(1, "r_cross").assign(r_cross=[-0.1, -0.2, -0.3, -0.4, -0.9, -0.5])  # L1H1
     text = "To be, or not:"
     names = {"tables": {"fa": table}, "captured": {"fa": layers}, "x": torch.arange(size)[None]}
-    corpus = SimpleNamespace(is_shakespeare=False, name="a", decode=lambda ids: "".join(text[i] for i in ids))
+    corpus = SimpleNamespace(is_shakespeare=False, decode=lambda ids: "".join(text[i] for i in ids))
     shown = run("04_energy_split", "figure-4-3", "numbers-4-3", corpus=corpus, **names)
     a, g = layers[1].attn[0, 1], layers[1].grad[0, 1]
     tri = torch.ones(size, size).tril().bool()
