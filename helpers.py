@@ -1,42 +1,34 @@
-"""Shared tools of the notebooks, in reading order: data, training, capture and energies, experiment, figures.
+"""Shared tools of the notebooks, in reading order: data, training, capture, harm, figures.
 
-Numbers come from pure functions, figures from ``plot_*`` functions that only draw. The model and its learning rules are
-in ``model_local``; nothing here knows which rule is at work.
+Numbers come from pure functions, figures from ``plot_*`` functions that only draw. The model and
+its learning rules are in ``model_local``; what the experiment trains and judges by is in
+``data/experiment.py``.
 """
 
 from __future__ import annotations
 
 import ast
-import csv
 import dataclasses
-import dis
-import errno
 import functools
 import hashlib
 import inspect
-import io
 import json
-import linecache
 import math
 import os
 import pickle
 import pickletools
 import re
-import shutil
-import sys
-import sysconfig
+import textwrap
 import time
 import uuid
 import warnings
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
 from numbers import Integral, Real
 from pathlib import Path
-from types import CodeType, FunctionType, ModuleType
 from typing import BinaryIO, NamedTuple
 from unittest import mock
 
@@ -58,25 +50,15 @@ from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 import model_local
-from model_local import (
-    ATTN_MODES,
-    METHODS,
-    QK_NORM,
-    SOFTMAX_BACKWARD,
-    LocalGPT,
-    LocalGPTConfig,
-    Rule,
-    attention_weights,
-    diagonal,
-    full,
-)
+from model_local import (SOFTMAX_BACKWARD, LocalGPT, LocalGPTConfig, Rule, attention_weights,
+                         diagonal, full)
 
 ROOT = Path(__file__).resolve().parent
 DATA = ROOT / "data"
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 1. Data: a corpus is a folder in nanoGPT's layout (train.bin, val.bin, meta.pkl), made by data/prepare.py
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 SHAKESPEARE_SHA256 = "56c25d4855680bb29279a84bcf28065b8053a158bede65b7f57d0c581ba81944"  # as Corpus.sha256 has it
 
@@ -231,233 +213,18 @@ def ngram_losses(corpus: Corpus) -> dict[str, float]:
     }
 
 
-@dataclass(frozen=True)
-class RecallTask:
-    """Associative recall (Arora et al. 2023, "Zoology"): pairs of key and value, then some of the keys; which values?
-
-    Only attention can carry a value from its pair to the query. Tokens are ``n_keys`` keys, then ``n_values`` values; a
-    sequence has ``n_pairs`` pairs of different keys, then ``n_queries`` of these keys in random order. A generator
-    makes endlessly many, so that unseen ones are the rule; only queries have a target (other positions have -100,
-    which the loss leaves out).
-
-    >>> task = RecallTask(n_keys=3, n_values=2, n_pairs=2, n_queries=2)
-    >>> x, y = task.batch(task.block_size, 1, torch.Generator().manual_seed(0), "cpu")
-    >>> x.tolist(), y.tolist()
-    ([[2, 3, 0, 4, 0, 2]], [[-100, -100, -100, -100, 4, 3]])
-    """
-
-    n_keys: int = 8
-    n_values: int = 8
-    n_pairs: int = 4
-    n_queries: int = 4
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.n_queries <= self.n_pairs <= self.n_keys or self.n_values < 2:
-            raise ValueError(f"{self} cannot be: 1 <= n_queries <= n_pairs <= n_keys and n_values >= 2 must hold")
-
-    @property
-    def name(self) -> str:
-        return "recall"
-
-    @property
-    def vocab_size(self) -> int:
-        return self.n_keys + self.n_values
-
-    @property
-    def block_size(self) -> int:
-        return 2 * self.n_pairs + self.n_queries
-
-    @property
-    def chance(self) -> float:
-        """Accuracy of one who names any of the values that occur in the sequence."""
-        return 1 / self.n_pairs + (1 - 1 / self.n_pairs) / self.n_values
-
-    @property
-    def best_guess(self) -> float:
-        """Accuracy of one who names the value that occurs most often in the sequence: the best without any lookup."""
-        ways = [1 / math.factorial(times) for times in range(self.n_pairs + 1)]
-        at_most = []  # how probable it is that no value occurs more than 0, 1, 2, ... times
-        for most in range(self.n_pairs + 1):
-            series = np.polynomial.polynomial.polypow(ways[: most + 1], self.n_values)
-            series = np.append(series, np.zeros(self.n_pairs))[self.n_pairs]
-            at_most.append(series * math.factorial(self.n_pairs) / self.n_values**self.n_pairs)
-        return (self.n_pairs - sum(at_most[:-1])) / self.n_pairs
-
-    @property
-    def sha256(self) -> str:
-        return hashlib.sha256(repr(self).encode()).hexdigest()
-
-    def batch(self, block_size: int, batch_size: int, generator: torch.Generator, device: str) -> tuple[Tensor, Tensor]:
-        """``batch_size`` sequences and their targets, both (batch_size, block_size), int64."""
-        if block_size != self.block_size:
-            raise ValueError(f"block_size={block_size}, and {self} has sequences of {self.block_size} tokens")
-        B, P = batch_size, self.n_pairs
-        keys = torch.rand(B, self.n_keys, generator=generator).argsort(dim=1)[:, :P]  # without repetition
-        values = self.n_keys + torch.randint(self.n_values, (B, P), generator=generator)
-        asked = torch.rand(B, P, generator=generator).argsort(dim=1)[:, : self.n_queries]
-        x = torch.cat([torch.stack([keys, values], dim=2).flatten(1), keys.gather(1, asked)], dim=1)
-        y = torch.full_like(x, -100)
-        y[:, 2 * P :] = values.gather(1, asked)
-        return x.to(device), y.to(device)
-
-    @torch.no_grad()
-    def score(self, model: LocalGPT) -> dict[str, float]:
-        """``val_loss`` (nats) and ``accuracy`` in [0, 1] on the same 2,048 sequences at every call."""
-        device = next(model.parameters()).device
-        x, y = self.batch(model.config.block_size, 2048, torch.Generator().manual_seed(2**31), device)
-        was_training = model.training
-        logits, loss = model.eval()(x, y)
-        model.train(was_training)
-        right = (logits.argmax(-1) == y)[y != -100]
-        return {"val_loss": loss.item(), "accuracy": right.double().mean().item()}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 2. Training
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def fingerprint(*objects, without: Iterable = ()) -> str:
-    """SHA-256 of what ``objects`` do: the code of functions with all that it depends on, the content of values.
-
-    Functions are followed to their defaults, closures and the globals that they read, classes to their bases, methods
-    and attributes, dataclasses to their fields, all of these further. Comments, docstrings, layout, the words of errors
-    and how an object is displayed do not count; installed packages do by name, and what is in ``without`` not at all.
-    TypeError on anything else. (joblib.hash takes classes by name, cloudpickle's bytes change with Python's version.)
-
-    >>> step = 2
-    >>> def advance(x):
-    ...     return x + step
-    >>> before, step = fingerprint(advance), 3
-    >>> before == fingerprint(advance)
-    False
-    """
-    known = {id(value): ("left out", value) for value in without}  # with the object, so that its id stays its own
-
-    def of(value, name: str) -> str:
-        if type(value) in (type(None), bool, int, float, complex, str, bytes, type(...)):
-            return f"{type(value).__name__} {value!a}"
-        if id(value) not in known:
-            known[id(value)] = f"number {len(known)}", value  # for what is below it and comes back to it
-            try:
-                parts = list(_parts(value))
-            except (RuntimeError, TypeError, ValueError) as error:
-                advice = "use plain data, arrays, dataclasses, functions defined with def in a file or notebook cell"
-                raise TypeError(f"{name} ({type(value).__name__}) has no fingerprint: {error}; {advice}") from error
-            words = [f"{label}={of(part, f'{name}: {label}')}" for label, part in parts]
-            known[id(value)] = hashlib.sha256("; ".join(words).encode()).hexdigest(), value
-        return known[id(value)][0]
-
-    words = [of(value, getattr(value, "__name__", type(value).__name__)) for value in objects]
-    return hashlib.sha256(" ".join(words).encode()).hexdigest()
-
-
-def _parts(value) -> Iterator[tuple[str, object]]:
-    """What determines a value, as pairs of a label and a further value."""
-    kind, bound = type(value), not isinstance(getattr(value, "__self__", None), ModuleType | type | None)
-    if isinstance(value, Tensor):
-        value = value.detach().cpu().contiguous()
-        yield f"{value.dtype} {tuple(value.shape)}", value.flatten().view(torch.uint8).numpy().tobytes()
-    elif isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:
-        yield f"{value.dtype} {value.shape}", value.tobytes()
-    elif kind in (list, tuple, set, frozenset, dict):
-        items = value.items() if kind is dict else sorted(map(fingerprint, value)) if "set" in kind.__name__ else value
-        yield from ((f"{kind.__name__} {i}", item) for i, item in enumerate(items))
-    elif kind is functools.partial:
-        yield "partial", (value.func, value.args, value.keywords)
-    elif kind is property:
-        yield "property", (value.fget, value.fset)
-    elif isinstance(value, FunctionType) and not _is_installed((code := value.__code__).co_filename):
-        source = _functions(code.co_filename).get((code.co_name, code.co_firstlineno))
-        if source is None:
-            raise ValueError("its source is not to be found, or has changed since it was loaded, or it is a lambda")
-        yield "code", source
-        yield "defaults", (value.__defaults__, value.__kwdefaults__)
-        closure = zip(code.co_freevars, value.__closure__ or (), strict=True)
-        scope = value.__globals__ | {name: cell.cell_contents for name, cell in closure}
-        yield from ((name, scope.get(name)) for name in _names(code))  # None: a builtin, or not there
-    elif hasattr(value, "__wrapped__"):  # by a package's decorator, or as a class or static method
-        yield kind.__name__, value.__wrapped__
-    elif kind is ModuleType or (hasattr(value, "__name__") and hasattr(value, "__module__") and not bound):
-        module = value if kind is ModuleType else sys.modules.get(value.__module__ or "builtins")
-        home = getattr(module, "__name__", "__main__")
-        if home != "__main__" and _is_installed(getattr(module, "__file__", None)):
-            yield "installed", f"{home}.{getattr(value, '__qualname__', '')}"
-        elif isinstance(value, type):
-            yield "bases", value.__bases__
-            yield from ((name, item) for name, item in sorted(vars(value).items()) if _is_written(name, item))
-        else:
-            raise ValueError("import what is needed of it by name" if module is value else "it could be anything")
-    elif dataclasses.is_dataclass(value):
-        yield "class", kind
-        yield from ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
-    else:
-        raise ValueError("it could be anything")
-
-
-def _is_written(name: str, item) -> bool:
-    """Whether an entry of a class does something, and is not Python's book-keeping or display."""
-    function = inspect.unwrap(item) if callable(item) or hasattr(item, "__wrapped__") else None
-    if isinstance(function, FunctionType):
-        file = function.__code__.co_filename  # what dataclasses generate has none, or their own
-        generated = file == "<string>" or (name.startswith("__") and _is_installed(file))
-        return not generated and not re.fullmatch("__(repr|str|annotate.*)__|_repr_.*_", name)
-    return not name.startswith("__") and (isinstance(item, property) or not inspect.isdatadescriptor(item))
-
-
-@functools.cache
-def _names(code: CodeType) -> list[str]:
-    """The names that code, and the functions inside it, take from outside."""
-    names, codes = {*code.co_freevars}, [code]
-    for inner in codes:
-        codes += [constant for constant in inner.co_consts if isinstance(constant, CodeType)]
-        for instruction in dis.get_instructions(inner):
-            if instruction.opname.startswith(("LOAD_GLOBAL", "LOAD_NAME")):
-                names.add(instruction.argval)
-            elif instruction.opname == "IMPORT_NAME":
-                raise ValueError(f"it imports {instruction.argval} inside, move that to the top")
-    return sorted(names)
-
-
-@functools.cache
-def _is_installed(filename: str | None) -> bool:
-    """Whether a file is Python's or a package's (as is what has none), and not the project's or its reader's."""
-    own = filename and not filename.startswith(("<frozen", sysconfig.get_path("stdlib")))
-    return not own or "site-packages" in filename or "dist-packages" in filename
-
-
-@functools.cache  # as they were when first asked for: the file may be edited beside a running kernel
-def _functions(filename: str) -> dict[tuple[str, int], str]:
-    """All functions of a file by name and first line, in words that are the same in every version of Python."""
-    nodes = ast.walk(ast.parse("".join(linecache.getlines(filename))))
-    found = [node for node in nodes if isinstance(node, ast.FunctionDef)]
-    return {(node.name, min(n.lineno for n in (node, *node.decorator_list))): _plain(node) for node in found}
-
-
-def _plain(node) -> str:
-    if isinstance(node, list):
-        return f"[{' '.join(map(_plain, node))}]"
-    if not isinstance(node, ast.AST):
-        return ascii(node)
-    fields = {name: value for name, value in ast.iter_fields(node) if value is not None and value != []}
-    if isinstance(node, ast.ClassDef | ast.FunctionDef):
-        fields["body"] = node.body[ast.get_docstring(node) is not None :]
-    if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
-        fields = {"exc": node.exc.func}
-    return f"({type(node).__name__} {' '.join(f'{name}:{_plain(value)}' for name, value in fields.items())})"
-
-
-for _file in (__file__, model_local.__file__):
-    _functions(_file)
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Run:
     """A finished training run.
 
-    ``history`` is tidy: one value a row, with columns step, metric, part, value. The metrics are what the data's
-    ``score`` gives (``val_loss``), ``train_loss`` (nats per token, mean since the row before), ``tokens_per_s``, and
-    what ``measure`` gives.
+    ``history`` is tidy: one value a row, with columns step, metric, part, value. The metrics are
+    what the data's ``score`` gives (``val_loss``), ``train_loss`` (nats per token, mean since the
+    row before), ``tokens_per_s``, and what ``measure`` gives.
     """
 
     model: LocalGPT
@@ -469,7 +236,8 @@ class Run:
         if step not in self.snapshots:
             raise KeyError(f"step {step} was not kept: choose one of {sorted(self.snapshots)}")
         model = twin(self.model)
-        model.load_state_dict(self.snapshots[step], strict=False)  # not strict: feedback matrices never change
+        # not strict: feedback matrices never change, so they are not in a snapshot
+        model.load_state_dict(self.snapshots[step], strict=False)
         return model
 
     def series(self, metric: str) -> pd.Series:
@@ -479,9 +247,15 @@ class Run:
 
 
 def alignment(model: LocalGPT, x: Tensor, y: Tensor) -> dict[tuple[str, str], float]:
-    """Cosine in [-1, 1] of each parameter's gradient with the one that exact backpropagation gives it here."""
-    cosines = gradient_cosines(model, twin(model, **dataclasses.asdict(model.config.exact)), x, y)
+    """Cosine in [-1, 1] of each parameter's gradient with that of exact backpropagation."""
+    exact = twin(model, **dataclasses.asdict(model.config.exact))
+    cosines = gradient_cosines(model, exact, x, y)
     return {("alignment", name): cosine for name, cosine in cosines.items()}
+
+
+def adamw(model: LocalGPT, lr: float, steps: int) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019) at a constant rate, with PyTorch's other defaults."""
+    return torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
 
 
 def train(
@@ -490,227 +264,163 @@ def train(
     lr: float = 1e-3,
     batch_size: int = 32,
     seed: int = 1337,
-    data: Corpus | RecallTask | None = None,
+    data: Corpus | None = None,
     eval_every: int = 50,
     measure: Callable[[LocalGPT, Tensor, Tensor], Mapping[tuple[str, str], float]] = alignment,
     device: str = "cpu",
     directory: str | os.PathLike | None = DATA / "runs",
     progress: bool = True,
-    optimizer: str = "adamw",
+    optimizer: Callable[[LocalGPT, float, int], torch.optim.Optimizer] = adamw,
 ) -> Run:
     """Train a LocalGPT, or load the run if it was trained before.
 
-    ``data`` is a corpus (the default one if not given) or a task, ``optimizer`` one of OPTIMIZERS. Every ``eval_every``
-    steps the model is scored, and a copy of it measured on one fixed batch: ``measure(model, x, y)`` returns numbers by
-    (metric, part).
+    ``data`` is the default corpus if not given, or anything that has ``vocab_size``, ``sha256``,
+    ``batch`` and ``score`` as a Corpus has them. ``optimizer`` makes one of (model, lr, steps).
+    Every ``eval_every`` steps the model is scored, and a copy of it measured on one fixed batch:
+    ``measure(model, x, y)`` returns numbers by (metric, part).
 
-    The checkpoint's name is a hash of all that determines the run: the arguments, the data, torch's version and the
-    code (``training_code``). It is rewritten every ``eval_every`` steps, so that an interrupted run goes on where it
-    was; without a ``directory`` nothing is written. Raises TypeError or ValueError on arguments that cannot be, also
-    on a ``measure`` whose code cannot be looked at, and FloatingPointError if the run diverges.
+    A finished run is kept in ``directory`` (None: nowhere) under a hash of all that determines it,
+    see ``_run_settings``. Raises TypeError or ValueError on arguments that cannot be, and
+    FloatingPointError if the run diverges.
     """
-    if not isinstance(config, LocalGPTConfig):
-        raise TypeError(f"config={config!r} is no LocalGPTConfig: write LocalGPTConfig(method='bp', ...)")
     data = load_corpus() if data is None else data
-    if not isinstance(data, Corpus | RecallTask):
-        raise TypeError(f"data={data!r} is neither a corpus nor a task: write data=load_corpus() or data=RecallTask()")
-    if not callable(measure):
-        raise TypeError(f"measure={measure!r} is no function of (model, x, y)")
+    device = _check_run(config, steps, lr, batch_size, seed, data, eval_every, measure, device,
+                        optimizer)
+    arguments = config, steps, lr, batch_size, seed, data, eval_every, measure, device, optimizer
+    path = settings = None
+    if directory is not None:
+        settings = _run_settings(*arguments)
+        key = hashlib.sha256(settings.encode()).hexdigest()[:12]
+        path = Path(directory) / f"{config.method}-{config.softmax_backward}-{key}.pt"
+    saved = _load_checkpoint(path, settings) if path else None
+    with torch.random.fork_rng(devices=[]):  # whoever calls keeps their own random numbers
+        if saved is not None:
+            model = LocalGPT(config).to(device)
+            model.load_state_dict(saved["model"])
+        else:
+            model, history, snapshots = _training(*arguments, progress)
+            saved = {"settings": settings, "history": history, "snapshots": snapshots,
+                     "model": model.state_dict()}
+            if path:
+                save_atomically(path, lambda file: torch.save(saved, file))
+    table = pd.DataFrame(saved["history"], columns=["step", "metric", "part", "value"])
+    return Run(model.eval(), table, saved["snapshots"])
+
+
+def _check_run(config, steps, lr, batch_size, seed, data, eval_every, measure, device,
+               optimizer) -> str:
+    """Refuse arguments of ``train`` that cannot be; return the device as PyTorch names it."""
+    if not isinstance(config, LocalGPTConfig):
+        raise TypeError(f"config={config!r} is no LocalGPTConfig: "
+                        "write LocalGPTConfig(method='bp', ...)")
+    for name in ("vocab_size", "sha256", "batch", "score"):
+        if not hasattr(data, name):
+            raise TypeError(f"data={data!r} has no {name}: write data=load_corpus() or a task, "
+                            "such as data.experiment.RecallTask()")
+    for name, function in (("measure", measure), ("optimizer", optimizer)):
+        if not callable(function):
+            raise TypeError(f"{name}={function!r} is no function: write {name}={name}s_function")
     if config.vocab_size != data.vocab_size:
-        raise ValueError(
-            f"config.vocab_size={config.vocab_size} and the data {data.name!r} have {data.vocab_size}: "
-            "write LocalGPTConfig(vocab_size=corpus.vocab_size, ...)"
-        )
-    if optimizer not in list(OPTIMIZERS):
-        raise ValueError(f"optimizer={optimizer!r} is unknown: choose one of {', '.join(OPTIMIZERS)}")
-    settings = {"steps": steps, "batch_size": batch_size, "eval_every": eval_every, "seed": seed, "lr": lr}
-    for name, value in settings.items():  # NumPy's numbers are welcome, and 500.0 steps
-        least = {"seed": 0, "lr": math.nextafter(0, 1)}.get(name, 1)
-        number = isinstance(value, Real) and not isinstance(value, bool) and least <= value < math.inf
-        if not number or (name != "lr" and (value % 1 or value >= 2**63)):
-            expected = "a positive number" if name == "lr" else f"a whole number from {least} up"
-            raise ValueError(f"{name}={value!r} is not {expected}")
-        settings[name] = float(value) if name == "lr" else int(value)
+        raise ValueError(f"config.vocab_size={config.vocab_size} and the data have "
+                         f"{data.vocab_size}: write LocalGPTConfig(vocab_size=data.vocab_size, ...)")
+    for name, number in (("steps", steps), ("batch_size", batch_size), ("eval_every", eval_every)):
+        if isinstance(number, bool) or not isinstance(number, Integral) or number < 1:
+            raise ValueError(f"{name}={number!r} is not a whole number from 1 up")
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed!r} is not a whole number from 0 up")
+    if isinstance(lr, bool) or not isinstance(lr, Real) or not 0 < lr < math.inf:
+        raise ValueError(f"lr={lr!r} is not a positive number")
     try:
-        device = str(torch.device(device))
+        return str(torch.device(device))
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device={device!r} is unknown to PyTorch: write 'cpu' or 'cuda'") from error
-    settings |= {"device": device, "optimizer": optimizer}
-    start = settings | {"config": config, "data": data, "measure": measure}
-    settings |= {"config": dataclasses.asdict(config), "data": data.sha256}
-    settings["code"] = training_code(config, type(data), measure, optimizer)
-    settings["torch"] = str(torch.__version__)  # a str of its own class, which the safe loader refuses
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-    path = None
-    if directory is not None:
-        path = Path(directory) / f"{config.method}-{config.softmax_backward}-{key}.pt"
-
-    saved = _load_checkpoint(path, settings) if path else None
-    title = f"{config.method}/{config.softmax_backward}"
-    silence = {} if progress else {"disable": True}  # disable=False would overrule TQDM_DISABLE
-    with (
-        torch.random.fork_rng(devices=[]),  # whoever calls keeps their own random numbers
-        tqdm(total=settings["steps"], desc=title, leave=False, **silence) as bar,
-    ):
-        for model, state in _training(**start, saved=saved, bar=bar):  # noqa: B007 (the last is returned)
-            if path and state is not saved:
-                # into memory first: torch's writer does not tell a full disk from other errors
-                torch.save({"settings": settings, **state}, content := io.BytesIO())
-                save_atomically(path, lambda file, content=content: file.write(content.getbuffer()))
-    table = pd.DataFrame(state["history"], columns=["step", "metric", "part", "value"])
-    return Run(model.eval(), table, state["snapshots"])
 
 
-def adamw(model: LocalGPT, lr: float, steps: int) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019) at a constant rate, with PyTorch's betas and weight decay."""
-    return torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
+def _run_settings(config, steps, lr, batch_size, seed, data, eval_every, measure, device,
+                  optimizer) -> str:
+    """All that determines a run, in words: the arguments, the data, PyTorch and the code.
 
-
-def sgd(model: LocalGPT, lr: float, steps: int) -> torch.optim.Optimizer:
-    """Stochastic gradient descent with momentum 0.9, at a constant rate: no weight's step is rescaled."""
-    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
-
-
-def _queries_and_keys(model: LocalGPT) -> list[torch.nn.Parameter]:
-    """All W_q and W_k."""
-    return [p for name, p in model.named_parameters() if name.endswith(("q_proj.weight", "k_proj.weight"))]
-
-
-def adamw_for_qk(
-    model: LocalGPT, lr: float, steps: int, factor: float = 1.0, decay: float = 0.01
-) -> torch.optim.Optimizer:
-    """AdamW by which W_q and W_k have a rate of their own, ``factor * lr``, and a weight decay of their own."""
-    qk = _queries_and_keys(model)
-    others = [p for p in model.parameters() if not any(p is own for own in qk)]
-    return torch.optim.AdamW(
-        [{"params": others}, {"params": qk, "lr": factor * lr, "weight_decay": decay}], lr, fused=True
-    )
-
-
-def adamw_held(model: LocalGPT, lr: float, steps: int, pull: float) -> torch.optim.Optimizer:
-    """AdamW, and after each step every W_q and W_k is pulled towards the Frobenius norm it began with.
-
-    ``pull`` is the share of the way, of the logarithm, in (0, 1]: 1 holds the norm, less is a slow control of it.
+    The code is that of the model, the training loop, the data, the rule, the measure and the
+    optimizer, without comments and docstrings. What these call elsewhere is not followed: delete
+    the run where that has changed.
     """
-    optimizer, qk = adamw(model, lr, steps), _queries_and_keys(model)
-    norms = [weight.norm().item() for weight in qk]
-
-    @torch.no_grad()
-    def hold(*_) -> None:
-        for weight, norm in zip(qk, norms, strict=True):
-            weight.mul_((norm / weight.norm()) ** pull)
-
-    optimizer.register_step_post_hook(hold)
-    return optimizer
+    rule = SOFTMAX_BACKWARD[config.softmax_backward]
+    code = [_source(part) for part in (model_local, _training, evaluate, get_batch, type(data),
+                                       rule, measure, optimizer)]
+    numbers = int(steps), float(lr), int(batch_size), int(seed), int(eval_every), device
+    return "\n".join([repr(config), *map(repr, numbers), data.sha256, torch.__version__, *code])
 
 
-def adamw_clipped(model: LocalGPT, lr: float, steps: int) -> torch.optim.Optimizer:
-    """AdamW on gradients whose norm, over all weights together, is at most 1."""
-    optimizer = adamw(model, lr, steps)
-
-    def clip(*_) -> None:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-
-    optimizer.register_step_pre_hook(clip)
-    return optimizer
-
-
-def adamw_scheduled(model: LocalGPT, lr: float, steps: int) -> torch.optim.Optimizer:
-    """AdamW whose rate rises to ``lr`` over the first tenth of ``steps``, then falls to a tenth of it as a cosine."""
-    optimizer, warm = adamw(model, lr, steps), max(1, steps // 10)
-
-    def schedule(optimizer: torch.optim.Optimizer, *_) -> None:
-        for group in optimizer.param_groups:
-            taken = group.get("taken", 0)
-            done = max(0.0, (taken - warm) / max(1, steps - warm))
-            group["lr"] = lr * min((taken + 1) / warm, 0.55 + 0.45 * math.cos(math.pi * min(1.0, done)))
-            group["taken"] = taken + 1  # in the optimizer's state, for a run that is taken up again
-
-    optimizer.register_step_pre_hook(schedule)
-    return optimizer
+def _source(part) -> str:
+    """The code of a module, a class, a function or an instance, without comments and docstrings."""
+    given = ""
+    if isinstance(part, functools.partial):
+        part, given = part.func, repr((part.args, part.keywords))
+    if not (inspect.ismodule(part) or inspect.isclass(part) or inspect.isroutine(part)):
+        part = type(part)
+    try:
+        source = textwrap.dedent(inspect.getsource(part))
+    except (OSError, TypeError) as error:
+        raise ValueError(f"the code of {part!r} cannot be read, so the run cannot be found again: "
+                         "define it in a file or a notebook, or say directory=None") from error
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:  # a lambda in the middle of a call
+        return source
+    for node in ast.walk(tree):
+        has_docstring = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        if has_docstring and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree) + given
 
 
-# how the gradients change the weights: a function of the model, the learning rate and the number of steps
-OPTIMIZERS: dict[str, Callable[[LocalGPT, float, int], torch.optim.Optimizer]] = {
-    "adamw": adamw,
-    "sgd": sgd,
-    "qk_rate_0.3": functools.partial(adamw_for_qk, factor=0.3),
-    "qk_rate_0.1": functools.partial(adamw_for_qk, factor=0.1),
-    "qk_rate_0.03": functools.partial(adamw_for_qk, factor=0.03),
-    "qk_decay": functools.partial(adamw_for_qk, decay=1.0),
-    "qk_fixed": functools.partial(adamw_held, pull=1.0),
-    "qk_slow": functools.partial(adamw_held, pull=0.01),
-    "clip": adamw_clipped,
-    "schedule": adamw_scheduled,
-}
-
-
-def training_code(config: LocalGPTConfig, data: type, measure: Callable, optimizer: str = "adamw") -> str:
-    """The fingerprint of the code that determines a run; of methods, rules, norms and the like only those it uses.
-
-    How a measure finds the maps that it looks at does not count: tests hold what is captured to what was computed.
-    """
-    used = [registry[getattr(config, name)] for name, registry in REGISTRIES.items()]
-    without = [OPTIMIZERS, *REGISTRIES.values(), capture_attention]
-    return fingerprint(_training, data, measure, OPTIMIZERS[optimizer], *used, without=without)
-
-
-REGISTRIES = {"method": METHODS, "softmax_backward": SOFTMAX_BACKWARD, "attn_mode": ATTN_MODES, "qk_norm": QK_NORM}
-STATE = ("step", "history", "snapshots", "model", "optimizer", "batches", "rng")  # what a run goes on from
-
-
-def _training(
-    config, steps, lr, batch_size, seed, data, eval_every, measure, device, optimizer, saved: dict | None, bar
-) -> Iterator[tuple[LocalGPT, dict]]:
-    """A run, from its start or a ``saved`` state on: model and state every ``eval_every`` steps. See ``train``."""
+def _training(config, steps, lr, batch_size, seed, data, eval_every, measure, device, optimizer,
+              progress) -> tuple[LocalGPT, list, dict]:
+    """The loop of ``train``: the model, its history as rows, and its parameters by step."""
     torch.manual_seed(seed)
     model = LocalGPT(config).to(device)
-    optimizer = OPTIMIZERS[optimizer](model, lr, steps)
+    optimizer = optimizer(model, lr, steps)
     batches = torch.Generator().manual_seed(seed)
-    probe = data.batch(config.block_size, batch_size, torch.Generator().manual_seed(-1), device)  # no run's seed
-    step, history, snapshots = 0, [], {}
+    probe_seed = torch.Generator().manual_seed(-1)  # no run's
+    probe = data.batch(config.block_size, batch_size, probe_seed, device)
+    history, snapshots = [], {}
 
-    def record(metrics: dict[str, float]) -> tuple[LocalGPT, dict]:
+    def record(step: int, metrics: dict[str, float]) -> None:
         values = {(metric, ""): value for metric, value in (metrics | data.score(model)).items()}
-        measured = measure(twin(model).eval(), *probe)  # of a copy: to measure must change nothing
+        measured = measure(twin(model).eval(), *probe)  # of a copy: to measure changes nothing
         try:  # plain numbers, which the safe loader reads
-            values |= {(str(metric), str(part)): float(value) for (metric, part), value in measured.items()}
+            for (metric, part), value in measured.items():
+                values[str(metric), str(part)] = float(value)
         except (AttributeError, TypeError, ValueError) as error:
-            raise TypeError(
-                f"measure returned {measured!r}: a dict of numbers by (metric, part) was expected"
-            ) from error
+            raise TypeError(f"measure returned {measured!r}: "
+                            "a dict of numbers by (metric, part) was expected") from error
         history.extend((step, metric, part, value) for (metric, part), value in values.items())
-        snapshots[step] = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
-        parts = model.state_dict(), optimizer.state_dict(), batches.get_state(), torch.get_rng_state()
-        return model, dict(zip(STATE, (step, history, snapshots, *parts), strict=True))
+        parameters = model.named_parameters()
+        snapshots[step] = {name: p.detach().cpu().clone() for name, p in parameters}
 
-    if saved:
-        step, history, snapshots = saved["step"], saved["history"], saved["snapshots"]
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        batches.set_state(saved["batches"])
-        torch.set_rng_state(saved["rng"])
-        yield model, saved
-    else:
-        yield record({})
-    bar.update(step)
-    while step < steps:
-        losses, start = [], time.perf_counter()
-        for _ in range(min(eval_every, steps - step)):
-            _, loss = model(*data.batch(config.block_size, batch_size, batches, device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.detach())
-            bar.update()
-            if len(losses) % 10 == 0:  # to look at a loss is to wait for the device
-                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-        step += len(losses)
+    record(0, {})
+    losses, start = [], time.perf_counter()
+    title = f"{config.method}/{config.softmax_backward}"
+    silence = {} if progress else {"disable": True}  # False would overrule TQDM_DISABLE
+    bar = tqdm(range(1, steps + 1), desc=title, leave=False, **silence)
+    for step in bar:
+        _, loss = model(*data.batch(config.block_size, batch_size, batches, device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+        if step % eval_every and step < steps:
+            continue
+        # time to look at the losses, and to measure
         train_loss = torch.stack(losses).double().mean().item()
         if not math.isfinite(train_loss):
             raise FloatingPointError(f"the loss is not a number by step {step}: try a smaller lr")
         tokens = len(losses) * batch_size * config.block_size
-        yield record({"train_loss": train_loss, "tokens_per_s": tokens / (time.perf_counter() - start)})
+        speed = tokens / (time.perf_counter() - start)
+        record(step, {"train_loss": train_loss, "tokens_per_s": speed})
+        bar.set_postfix(loss=f"{train_loss:.3f}")
+        losses, start = [], time.perf_counter()
+    return model, history, snapshots
 
 
 @torch.no_grad()
@@ -758,53 +468,36 @@ def gradient_cosines(model: LocalGPT, reference: LocalGPT, x: Tensor, y: Tensor)
     return cosines
 
 
-PART = ".localgpt.part"  # how the names of files end that are not yet whole
-
-
 def save_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let ``write(file)`` fill a temporary neighbour of ``path``, then rename it: readers see all of it or none."""
+    """Let ``write(file)`` fill a neighbour of ``path``, then rename it: all of it is seen, or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f"*{PART}"):  # by writers that were killed
-        with suppress(FileNotFoundError):
-            if time.time() - left.stat().st_mtime > 3600:
-                left.unlink()
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PART}")
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     try:
         with open(part, "xb") as file:
             write(file)
-        if path.exists():
-            shutil.copymode(path, part)
         os.replace(part, path)
-    except BaseException as error:
+    finally:
         part.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise OSError(error.errno, f"the disk is full, {path.name} stays as it was", str(path)) from error
-        raise
 
 
-def _load_checkpoint(path: Path, settings: dict) -> dict | None:
-    """What ``train`` saved under these settings; None if nothing was, or (with a warning) nothing that can be used."""
+def _load_checkpoint(path: Path, settings: str) -> dict | None:
+    """What ``train`` saved under these settings; None, with a warning, if it is damaged."""
     if not path.exists():
         return None
     try:
-        with zipfile.ZipFile(path) as archive:  # torch writes checksums, and does not look at them again
-            if archive.testzip() is not None:
-                raise ValueError("a checksum does not agree")
         saved = torch.load(path, weights_only=True)  # never unpickles code
-        if {"settings", *STATE} - set(saved):
-            raise ValueError("it lacks a part")
+        if saved["settings"] == settings and {"history", "snapshots", "model"} <= set(saved):
+            return saved
+        what = "it belongs to other settings"
     except Exception as error:  # a half-written or corrupted archive can fail in any way
-        warnings.warn(f"{path.name} is damaged ({type(error).__name__}: {error}): training again", stacklevel=3)
-        return None
-    if saved["settings"] != settings:
-        warnings.warn(f"{path.name} belongs to other settings: training again", stacklevel=3)
-        return None
-    return saved
+        what = f"{type(error).__name__}: {error}"
+    warnings.warn(f"{path.name} is damaged ({what}): training again", stacklevel=3)
+    return None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 3. Capture and energies
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class _OneBlock(AbstractContextManager):
@@ -1675,66 +1368,9 @@ def energy_table(layers: Iterable[CapturedAttention], n_boot: int = 1000, seed: 
     return pd.concat(tables, ignore_index=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. The experiment: what goes wrong under a rule, and what it costs
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def symptoms(model: LocalGPT, x: Tensor, y: Tensor) -> dict[tuple[str, str], float]:
-    """What could make a rule fail, as means over layers, heads and sequences; a ``measure`` for ``train``.
-
-    ``cos_scores``, ``cos_q``, ``cos_k``: cosine in [-1, 1] of what the rule sends with the exact pass, at the scores
-    and at the gradients of W_q and W_k (missing where it sends nothing). ``row_sum``: |sum| over the sum of sizes of
-    what a query's keys receive, in [0, 1]; 0 for the exact softmax. ``radial_q``, ``radial_k``: the same of its
-    products with the scores, summed over a query's keys and over a key's queries, which is what makes the norms of
-    queries and keys grow. ``common_mode``: root mean square of the mean score of a query, which the softmax does not
-    see. ``q_norm``, ``k_norm``: root mean square of the entries of Q and K, before any norm. ``entropy``: of a row of
-    attention, over the log of its number of keys, in [0, 1]. ``score_max``: a row's largest score, less its mean.
-    """
-    norms: dict[str, list[float]] = {"q": [], "k": []}
-
-    def keep(name: str):
-        return lambda module, inputs, output: norms[name].append(output.detach().square().mean().item())
-
-    handles = []
-    for block in model.blocks:
-        handles.append(block.attn.q_proj.register_forward_hook(keep("q")))
-        handles.append(block.attn.k_proj.register_forward_hook(keep("k")))
-    try:
-        layers = capture_batch(model, x, y)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-    values = {name: [] for name in SYMPTOMS}
-    for layer in layers:
-        visible = layer.scores[0, 0].isfinite()
-        n_visible = visible.sum(-1)
-        scores = layer.scores.masked_fill(~visible, 0)
-        mean_score = scores.sum(-1) / n_visible
-        entropy = torch.special.entr(layer.attn).sum(-1)[..., 1:] / n_visible[1:].log()  # the first query sees one key
-        values["common_mode"].append(mean_score.square().mean().sqrt().item())
-        values["entropy"].append(entropy.mean().item())
-        values["score_max"].append((layer.scores.amax(-1) - mean_score)[..., 1:].mean().item())
-        sent = model.get_submodule(layer.name).send_back(layer.attn, layer.grad, visible)
-        if sent is None:
-            continue
-        exact = sent if model.config.attn_mode == "sigmoid" else full(layer.attn, layer.grad, visible)
-        cosine = F.cosine_similarity(sent.double().flatten(2), exact.double().flatten(2), dim=-1, eps=0)
-        values["cos_scores"].append(cosine.nanmean().item())
-        radial = sent * scores
-        for name, part, dim in (("row_sum", sent, -1), ("radial_q", radial, -1), ("radial_k", radial, -2)):
-            values[name].append((part.sum(dim).abs().sum() / part.abs().sum()).item())
-    values |= {f"{name}_norm": [math.sqrt(np.mean(squares))] for name, squares in norms.items()}
-    exact = twin(model, **dataclasses.asdict(dataclasses.replace(model.config.exact, method=model.config.method)))
-    cosines = gradient_cosines(model, exact, x, y)
-    for name in "qk":
-        values[f"cos_{name}"] = [cosine for part, cosine in cosines.items() if part.endswith(f"{name}_proj.weight")]
-    return {(metric, ""): float(np.mean(found)) for metric, found in values.items() if found}
-
-
-SYMPTOMS = ["cos_scores", "cos_q", "cos_k", "row_sum", "radial_q", "radial_k"]
-SYMPTOMS += ["common_mode", "q_norm", "k_norm", "entropy", "score_max"]
+# --------------------------------------------------------------------------------------------------
+# 4. Harm and claims: what a rule costs, and whether a sentence says what was computed
+# --------------------------------------------------------------------------------------------------
 
 
 class Harm(NamedTuple):
@@ -1749,34 +1385,40 @@ class Harm(NamedTuple):
 TOLERABLE, CATASTROPHIC = 0.25, 1.0  # bounds on harm, fixed before the runs
 
 
-def harm(rule: Iterable[float], full: Iterable[float], none: Iterable[float], confidence: float = 0.95) -> Harm:
-    """``(L_rule - L_full) / (L_none - L_full)`` over paired seeds: 0 for the exact pass, 1 for untrained Q and K.
+def harm(rule: Iterable[float], full: Iterable[float], none: Iterable[float],
+         confidence: float = 0.95) -> Harm:
+    """``(L_rule - L_full) / (L_none - L_full)`` over paired seeds.
 
-    rule, full, none: final validation losses, in the same order of seeds (two or more), inf for a run that diverged.
-    The ratio is that of means, its interval Fieller's (1954), which is exact for normal differences. The verdict, in
-    this order:
+    It is 0 for the exact pass and 1 where Q and K are never trained. rule, full, none: final
+    validation losses, in the same order of seeds (two or more), inf for a run that diverged. The
+    ratio is that of means, its interval Fieller's (1954), which is exact for normal differences.
+    The verdict, in this order:
 
-    ``undecided``     the interval of ``L_none - L_full`` touches zero or lies below, or one of the two diverged
-    ``catastrophic``  a run of the rule diverged, or the lower end of the ratio's interval is at least 1
+    ``undecided``     the interval of ``L_none - L_full`` reaches zero, or one of the two diverged
+    ``catastrophic``  a run of the rule diverged, or the lower end of the interval is at least 1
     ``tolerable``     its upper end is at most 0.25
     ``undetermined``  it reaches from below 0.25 to above 1
     ``costly``        otherwise
 
     >>> full, none = [2.0, 2.1, 1.9], [3.0, 3.1, 2.9]
-    >>> [harm(losses, full, none).verdict for losses in ([2.05, 2.1, 2.0], [2.4, 2.6, 2.5], [3.5, 3.6, 3.4])]
-    ['tolerable', 'costly', 'catastrophic']
-    >>> harm([2.0, 2.1, 2.0], full, [2.1, 2.0, 1.9]).verdict, harm([2.0, 3.1, 2.6], full, none).verdict
-    ('undecided', 'undetermined')
+    >>> for losses in ([2.05, 2.1, 2.0], [2.4, 2.6, 2.5], [3.5, 3.6, 3.4], [2.0, 3.1, 2.6]):
+    ...     print(harm(losses, full, none).verdict)
+    tolerable
+    costly
+    catastrophic
+    undetermined
     """
     losses = [np.asarray(list(values), dtype=float) for values in (rule, full, none)]
     rule, full, none = losses
     n = len(full)
     if not len(rule) == n == len(none) or n < 2:
-        raise ValueError(f"harm needs the same seeds, two or more, of each: got {len(rule)}, {n} and {len(none)}")
+        raise ValueError("harm needs the same seeds, two or more, of each: "
+                         f"got {len(rule)}, {n} and {len(none)}")
     if np.isnan(losses).any():
-        raise ValueError("a loss is NaN: leave a missing seed out of all three, and write inf where a run diverged")
+        raise ValueError("a loss is NaN: leave a missing seed out of all three, "
+                         "and write inf where a run diverged")
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence={confidence} is not a probability between 0 and 1, such as 0.95")
+        raise ValueError(f"confidence={confidence} is no probability between 0 and 1, like 0.95")
     if not np.isfinite([full, none]).all():
         return Harm(math.nan, math.nan, math.nan, "undecided")
     scale = none - full
@@ -1786,7 +1428,7 @@ def harm(rule: Iterable[float], full: Iterable[float], none: Iterable[float], co
     if not np.isfinite(rule).all():
         return Harm(math.inf, math.inf, math.inf, "catastrophic")
     excess = rule - full
-    # Fieller: all h for which mean(excess - h scale) is within t standard errors of zero, a quadratic in h
+    # Fieller: all h for which mean(excess - h scale) is within t standard errors of zero
     (vee, ves), (_, vss) = np.cov(excess, scale) * t**2 / n
     a = scale.mean() ** 2 - vss
     b = excess.mean() * scale.mean() - ves
@@ -1802,285 +1444,34 @@ def harm(rule: Iterable[float], full: Iterable[float], none: Iterable[float], co
     return Harm(excess.mean() / scale.mean(), low, high, verdict)
 
 
-TASKS = {  # what is learnt, by which shape of model, for how long
-    "shakespeare": {"data": "shakespeare_char", "batch_size": 32, "steps": 500, "eval_every": 100, "shape": {}}
-}
-TASKS |= {
-    name: {
-        "data": data,
-        "batch_size": 64,
-        "steps": 3000,
-        "eval_every": 150,
-        "shape": {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": data.block_size},
-    }
-    for name, data in {
-        "recall": RecallTask(),
-        "recall_8": RecallTask(n_keys=16, n_pairs=8, n_queries=8),
-        "recall_16": RecallTask(n_keys=32, n_pairs=16, n_queries=16),
-    }.items()
-}
-# the table of runs: what determines one, how it ended, what made it
-KEY = {"task": str, "method": str, "softmax_backward": str, "attn_mode": str, "qk_norm": str, "score_scale": float}
-KEY |= {"optimizer": str, "feedback_scale": float, "lr": float, "steps": int, "seed": int}
-OUTCOMES = ["val_loss", "accuracy", *SYMPTOMS]
-COLUMNS = [*KEY, "status", *OUTCOMES, "losses", "accuracies", "data", "code", "seconds", "machine", "torch"]
-RESULTS = DATA / "results.csv"  # of the first edition, but for what the second has run anew
-SECOND_EDITION = DATA / "second_edition.csv"  # where data/sweep.py adds rows
-GROUP = ["task", "method", "attn_mode", "qk_norm", "score_scale", "optimizer", "steps"]  # a rule is compared within it
-MAKERS = ["task", "softmax_backward", "method", "attn_mode", "qk_norm", "optimizer"]  # what a row's code depends on
-TUNING_SEEDS = range(100, 200)  # they chose the learning rate; all others are tests
-
-
-def row_code(task: str, optimizer: str = "adamw", **rules: str) -> str:
-    """The fingerprint of a task and of the code by which a run under these ``MAKERS`` would be made now."""
-    data = TASKS[task]["data"]
-    kind = Corpus if isinstance(data, str) else type(data)
-    return fingerprint(training_code(LocalGPTConfig(**rules), kind, symptoms, optimizer), TASKS[task])[:12]
-
-
-def made_by(results: pd.DataFrame) -> pd.Series:
-    """What made each run of the table: "this" code, "other" code, or "unknown" code (before rows named it)."""
-    made = pd.Series("unknown", index=results.index, dtype=object)
-    for makers, runs in results[results["code"] != ""].groupby(MAKERS):
-        try:
-            now = row_code(**dict(zip(MAKERS, makers, strict=True)))
-        except (KeyError, ValueError):  # a task or a rule that is not here
-            now = None
-        made[runs.index] = np.where(runs["code"] == now, "this", "other")
-    return made
-
-
-def provenance(results: pd.DataFrame) -> str:
-    """A sentence on which code made the runs; to be shown wherever their numbers are.
-
-    >>> provenance(pd.DataFrame([dict.fromkeys([*KEY, "code"], "")] * 2))
-    '2 runs: 2 from before runs named their code'
-    """
-    words = {"this": "by this code", "other": "by OTHER code", "unknown": "from before runs named their code"}
-    counts = made_by(results).value_counts()
-    return f"{len(results)} runs: " + ", ".join(f"{counts[made]} {words[made]}" for made in words if made in counts)
-
-
-def load_results(path: Path = RESULTS) -> pd.DataFrame:
-    """The table that data/sweep.py fills in: one row a run, the tuning runs included.
-
-    ``status`` is ok, diverged (``val_loss`` is inf) or failed (and why; ``val_loss`` is NaN). ``code`` is the
-    fingerprint of the code that made the row, empty in rows from before there was one. Raises FileNotFoundError where
-    there is no table, and ValueError on what is none, see also ``check_results``.
-    """
-
-    def damaged(what: str) -> ValueError:
-        return ValueError(f"{path.name} is damaged: {what}; correct it, take it from git again, or delete it")
-
-    if not path.exists():
-        raise FileNotFoundError(f"there is no {path}: take it from git again, or make it with 'make sweep' (hours)")
-    text = path.read_text()
-    reader = csv.DictReader(io.StringIO(text))
-    if sorted(reader.fieldnames or []) != sorted(COLUMNS):
-        odd = sorted({*COLUMNS}.symmetric_difference(reader.fieldnames or []))
-        raise damaged(f"it is empty, or its columns are not those of data/sweep.py: look for {', '.join(odd)}")
-    if not text.endswith("\n"):
-        raise damaged("its last line is cut off")
-    rows = []
-    for row in reader:
-        needed = [*KEY, "status", "data", "seconds", "machine", "torch"]
-        if None in row or None in row.values() or not all(row[name] for name in needed):
-            raise damaged(f"line {reader.line_num} has too many or too few values")
-        try:
-            row |= {name: kind(row[name]) for name, kind in KEY.items()}
-            row |= {name: float(row[name] or "nan") for name in ("seconds", *OUTCOMES)}
-        except ValueError as error:
-            raise damaged(f"in line {reader.line_num}, {error}") from error
-        rows.append(row)
-    results = pd.DataFrame(rows, columns=COLUMNS).astype(KEY)
-    results["val_loss"] = results["val_loss"].astype(float).where(results["status"] != "diverged", math.inf)
-    return check_results(results)
-
-
-def usual_runs(results: pd.DataFrame) -> pd.DataFrame:
-    """Those of softmax attention with scores of scale 1, by AdamW, for as many iterations as their task has."""
-    usual = {"attn_mode": "softmax", "score_scale": 1.0, "optimizer": "adamw"}
-    steps = results["task"].map(lambda task: TASKS[task]["steps"])
-    return results[(results[[*usual]] == pd.Series(usual)).all(axis=1) & (results["steps"] == steps)]
-
-
-def runs_without_norms() -> pd.DataFrame:
-    """What 05 and 06 judge, each group from one table: recall of the first edition, Tiny Shakespeare of the second."""
-    second = usual_runs(load_results(SECOND_EDITION)).query("task == 'shakespeare' and qk_norm == 'off'")
-    return pd.concat([load_results(), second], ignore_index=True)
-
-
-def check_results(results: pd.DataFrame) -> pd.DataFrame:
-    """The table as it is; ValueError names a run that is there twice, or on other data, or without what it claims."""
-
-    def refuse(wrong: pd.Series, what: str) -> None:
-        for row in results[wrong].itertuples():
-            run = ", ".join(f"{name}={getattr(row, name)}" for name in KEY)
-            raise ValueError(f"the table of results holds a run that {what}: {run}; delete that row")
-
-    refuse(results.duplicated([*KEY]), "is there twice")
-    usual = results.groupby("task")["data"].transform(lambda data: data.mode().iloc[0])
-    refuse(results["data"] != usual, "is of other data than the other runs of its task")
-    codes = results.groupby([*GROUP, "softmax_backward"])["code"]
-    refuse(codes.transform("nunique") > 1, "was not made by the same code as others of its rule")
-    failed = results["status"].str.startswith("failed")
-    refuse(~failed & ~results["status"].isin(["ok", "diverged"]), "is neither ok nor diverged nor failed")
-    expected = {"ok": np.isfinite, "diverged": np.isposinf}
-    for status, holds in expected.items():
-        refuse((results["status"] == status) & ~holds(results["val_loss"]), f"is {status} and has another loss")
-    refuse(failed & results["val_loss"].notna(), "failed and has a loss")
-    return results
-
-
-class Settings(NamedTuple):
-    """What tuning chooses, and the mean validation loss it had there."""
-
-    feedback_scale: float
-    lr: float
-    loss: float
-
-
-SOLVED = 0.99  # the accuracy from which on a run has solved recall
-
-
-def best_settings(tuning: pd.DataFrame) -> Settings:
-    """Feedback scale and learning rate by which most runs solved their task, then those of the lowest mean loss.
-
-    A run that diverged has the loss inf; where one is missing (NaN: it failed), nothing can be chosen, and all is NaN.
-    Where runs have no accuracy none is solved, so the loss decides alone.
-
-    >>> losses = [2.1, 2.3, 2.0, math.inf]
-    >>> best_settings(pd.DataFrame({"feedback_scale": 1.0, "lr": [1e-3, 1e-3, 3e-3, 3e-3], "val_loss": losses}))
-    Settings(feedback_scale=1.0, lr=0.001, loss=2.2)
-    """
-    solved = tuning["accuracy"] >= SOLVED if "accuracy" in tuning else False
-    settings = tuning.assign(solved=solved).groupby(["feedback_scale", "lr"])
-    choice = settings["solved"].mean().to_frame().assign(loss=settings["val_loss"].mean(skipna=False))
-    if choice.empty or choice["loss"].isna().any():
-        return Settings(math.nan, math.nan, math.nan)
-    best = choice.sort_values(["solved", "loss"], ascending=[False, True]).iloc[0]
-    return Settings(*map(float, best.name), float(best["loss"]))
-
-
-def shared_control(qk_norm: str) -> str:
-    """The setting whose ``none`` is also that of ``qk_norm``.
-
-    Where no gradient arrives at Q and K it makes no difference what would become of it at their norms.
-    """
-    return LocalGPTConfig(qk_norm=qk_norm).exact.qk_norm
-
-
-class Judged(NamedTuple):
-    """The test runs that a rule is judged by, indexed by seed, and those of ``full`` and ``none`` beside them."""
-
-    group: dict[str, object]  # by the names of GROUP
-    rule: str
-    feedback_scale: float
-    lr: float
-    tried: pd.Series  # the learning rates of tuning
-    runs: pd.DataFrame
-    full: pd.DataFrame
-    none: pd.DataFrame
-
-    def losses(self) -> list[pd.Series] | None:
-        """Validation losses of rule, ``full`` and ``none`` on the seeds that all three have; None without two such."""
-        parts = self.runs, self.full, self.none
-        seeds = functools.reduce(pd.Index.intersection, (part.index for part in parts))
-        losses = [part["val_loss"][seeds] for part in parts]
-        return None if len(seeds) < 2 or pd.concat(losses).isna().any() else losses
-
-    @property
-    def solved(self) -> tuple[int, int, int, int]:
-        """Runs that solved their task and runs: of the rule, then of ``full``."""
-        counts = (((part["accuracy"] >= SOLVED).sum(), len(part)) for part in (self.runs, self.full))
-        return tuple(int(count) for pair in counts for count in pair)
-
-
-def judged(results: pd.DataFrame, at: str = "own") -> Iterator[Judged]:
-    """Every rule of every ``GROUP`` by its test runs, at the learning rate that tuning seeds chose.
-
-    ``at`` says whose rate is used: the rule, ``full`` and ``none`` each at their ``own``, all three at that of
-    ``full``, or all three at that of the ``rule``. The feedback scale is everywhere that which ``full`` chose.
-    """
-    if at not in ("own", "full", "rule"):
-        raise ValueError(f"at={at!r} is not whose learning rate is used: choose 'own', 'full' or 'rule'")
-    for values, runs in check_results(results).groupby(GROUP, sort=False):
-        group = dict(zip(GROUP, values, strict=True))
-        if (control := shared_control(group["qk_norm"])) != group["qk_norm"]:
-            shared = group | {"qk_norm": control, "softmax_backward": "none"}
-            runs = pd.concat([runs, results[(results[[*shared]] == pd.Series(shared)).all(axis=1)]])
-        chose = runs["seed"].isin(TUNING_SEEDS)
-        tuning, tests = runs[chose], runs[~chose]
-        scale = best_settings(tuning[tuning["softmax_backward"] == "full"]).feedback_scale
-        if not math.isnan(scale):
-            tuning = tuning[tuning["feedback_scale"] == scale]
-        rules = dict.fromkeys([*tuning["softmax_backward"], *tests["softmax_backward"]])
-        tried = {rule: tuning[tuning["softmax_backward"] == rule] for rule in rules}
-        best = {rule: best_settings(tried[rule]).lr for rule in tried}
-        for rule in tried:
-            lrs = best if at == "own" else dict.fromkeys([rule, "full", "none"], best.get(rule if at == "rule" else at))
-            parts = []
-            for name in (rule, "full", "none"):
-                wanted = (tests["softmax_backward"] == name) & (tests["feedback_scale"] == scale)
-                parts.append(tests[wanted & (tests["lr"] == lrs.get(name))].set_index("seed").sort_index())
-            yield Judged(group, rule, scale, lrs[rule], tried[rule]["lr"], *parts)
-
-
-def harm_table(results: pd.DataFrame, at: str = "own") -> pd.DataFrame:
-    """One row a rule within its ``GROUP``: seeds, learning rate, loss, harm, verdict and symptoms, see ``judged``.
-
-    Losses and symptoms are means over the rule's test seeds (``loss_sd``: standard deviation), ``solved`` is how many
-    of them solved the task, harm comes with its interval, over the seeds that ``full`` and ``none`` have too. The
-    verdict is ``missing`` where there are no two such seeds, or a run failed.
-    """
-    rows = []
-    for case in judged(results, at):
-        result = Harm(math.nan, math.nan, math.nan, "missing")
-        if losses := case.losses():
-            result = harm(*losses)
-            if case.rule in ("full", "none") and result.verdict != "undecided":
-                result = result._replace(verdict="reference")
-        row = case.group | {"rule": case.rule, "seeds": len(case.runs)}
-        row |= {"feedback_scale": case.feedback_scale, "lr": case.lr}
-        ends = case.tried.min(), case.tried.max()
-        row |= {"lr_tried": "{:g} to {:g}".format(*ends) if len(case.tried) else "", "lr_at_end": case.lr in ends}
-        loss = case.runs["val_loss"]
-        with np.errstate(invalid="ignore"):  # a diverged run's loss is inf, and has no deviation
-            row |= {"loss": loss.mean(), "loss_sd": loss.std(), "solved": case.solved[0], **result._asdict()}
-        rows.append(row | case.runs[["accuracy", *SYMPTOMS]].mean().to_dict())
-    return pd.DataFrame(rows)
-
-
-def headline_table(results: pd.DataFrame) -> pd.DataFrame:
-    """``harm_table`` with each rule at its own learning rate or, where none was tuned for it, at that of ``full``."""
-    tables = [harm_table(results, at).query("verdict != 'missing'") for at in ("own", "full")]
-    return pd.concat(tables).sort_index(kind="stable").drop_duplicates([*GROUP, "rule"], ignore_index=True)
-
-
 def share_interval(solved: int, runs: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's (1927) interval for a share, the score interval: it keeps its level also near 0 and 1.
+    """Wilson's (1927) interval for a share: it keeps its level also near 0 and 1.
 
     >>> [round(end, 3) for end in share_interval(24, 24)]
     [0.862, 1.0]
     """
-    return tuple(map(float, binomtest(solved, runs).proportion_ci(confidence, method="wilson")))
+    interval = binomtest(solved, runs).proportion_ci(confidence, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 # A number as prose has it: 0.43, -0.22, 1,003,854, 10^{-3}, 3\cdot10^{-5}; not 1/4, H100 or x_1.
 NUMBER = re.compile(
-    r"(?<![\w.^/])(?<!\d,)-?(?:[\d.]+\\cdot)?(?:10\^\{?-?\d+\}?|\d+(?:,\d{3})*(?:\.\d+)?)(?![\w/]|\.\d)"
+    r"(?<![\w.^/])(?<!\d,)-?(?:[\d.]+\\cdot)?"  # a sign and a factor, not within a word
+    r"(?:10\^\{?-?\d+\}?|\d+(?:,\d{3})*(?:\.\d+)?)"  # a power of ten, or digits
+    r"(?![\w/]|\.\d)"
 )
 
 
-def claim(sentence: str, *values: float | bool, within: float | None = None, corpus: Corpus | None = None) -> None:
-    """Hold a sentence of the text against what was computed; AssertionError says what in it is not so.
+def claim(sentence: str, *values: float | bool, within: float | None = None,
+          corpus: Corpus | None = None) -> None:
+    """Hold a sentence of the text against what was computed; AssertionError says what is not so.
 
-    The numbers in ``sentence``, in order, must be the ``values``: to the digits printed, or to ``within`` where trained
-    runs differ from machine to machine. A value that is True or False stands for no number, but for what the words say.
-    With a ``corpus`` that is not Tiny Shakespeare nothing is claimed: give it where the sentence is about that text.
-    notebooks/tests/test_prose.py makes sure that the text has the sentence, and no result that is in no sentence here.
+    The numbers in ``sentence``, in order, must be the ``values``: to the digits printed, or to
+    ``within`` where trained runs differ from machine to machine. A value that is True or False
+    stands for no number, but for what the words say. With a ``corpus`` that is not Tiny Shakespeare
+    nothing is claimed: give it where the sentence is about that text.
 
-    >>> claim("harm stays below 0.25: 0.05 [0.04, 0.06]", 0.25, 0.0512, 0.0433, 0.0589, 0.0589 < 0.25)
+    >>> claim("harm stays below 0.25: 0.05 [0.04, 0.06]", 0.25, 0.0512, 0.0433, 0.0589)
     >>> claim("harm is 0.07 on 656 runs", 0.0512, 656)
     Traceback (most recent call last):
         ...
@@ -2093,20 +1484,25 @@ def claim(sentence: str, *values: float | bool, within: float | None = None, cor
         if not so:
             raise AssertionError(f"{otherwise} in: {sentence}")
 
-    written = [re.sub(r"[,{}]", "", n).replace(r"\cdot10^", "e").replace("10^", "1e") for n in NUMBER.findall(sentence)]
+    written = []
+    for number in NUMBER.findall(sentence):
+        number = re.sub(r"[,{}]", "", number).replace(r"\cdot10^", "e").replace("10^", "1e")
+        written.append(Decimal(number))
     truths = [value for value in values if isinstance(value, (bool, np.bool_))]
     values = [value for value in values if not isinstance(value, (bool, np.bool_))]
     hold(len(written) == len(values), f"{len(values)} numbers given, and {len(written)}")
     hold(truths or values, "nothing given that could support what is said")
     hold(all(truths), "what is said does not hold")
-    for number, value in zip(map(Decimal, written), values, strict=True):
-        reach = 0.5 * 10.0 ** number.as_tuple().exponent if within is None else within  # half of the last digit
-        hold(abs(value - float(number)) <= reach * (1 + 1e-9), f"{number:f} should be {value:.6g}")
+    for number, value in zip(written, values, strict=True):
+        half_digit = 0.5 * 10.0 ** number.as_tuple().exponent
+        reach = half_digit if within is None else within
+        hold(abs(value - float(number)) <= reach * (1 + 1e-9),
+             f"{number:f} should be {value:.6g}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 5. Figures
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 # Okabe and Ito's colour-blind-safe palette; one colour for one thing on every page
 COLORS = {
@@ -2228,73 +1624,3 @@ def signed_scale(maps: Tensor, linear: float = 0.01) -> SymLogNorm:
     """A scale for signed values, centred on zero: logarithmic beyond the fraction ``linear`` of the largest size."""
     high = torch.where(maps.isfinite(), maps.abs(), 0).max().item() or 1.0  # maps of zeros have a scale, too
     return SymLogNorm(linear * high, vmin=-high, vmax=high)
-
-
-VERDICT_COLORS = {"tolerable": COLORS["sign_sym"], "costly": "#9A6700", "catastrophic": COLORS["offdiag"]}
-VERDICT_COLORS["undetermined"] = "#777777"
-
-
-def verdict_table(table: pd.DataFrame, digits: int = 3) -> str:
-    """The HTML of a table whose column ``verdict`` has the colours of ``plot_harm``.
-
-    Numbers have so many ``digits`` after the point, learning rates (``lr``) five.
-
-    >>> table = verdict_table(pd.DataFrame({"lr": [3e-5], "harm": [0.0125], "verdict": ["undetermined"]}), digits=2)
-    >>> [part in table for part in (">0.00003<", ">0.01<", "background: #77777740")]
-    [True, True, True]
-    """
-    shown = table.style.format(precision=digits, na_rep="").format("{:.5f}", subset=["lr"])
-    colors = {verdict: f"background: {color}40" for verdict, color in VERDICT_COLORS.items()}
-    shown = shown.map(lambda verdict: colors.get(verdict, ""), subset=["verdict"])
-    return shown.set_uuid("verdicts").set_table_attributes('class="dataframe"').to_html()
-
-
-def plot_harm(table: pd.DataFrame) -> np.ndarray:
-    """Harm of every rule (rows of ``harm_table``) with its interval and the two bounds of the verdict.
-
-    A panel a group, one below the other, in a figure of their own, and an array of their axes; groups and rules without
-    a verdict are left out. Raises ValueError where that leaves none.
-    """
-    shown = table[~table["rule"].isin(["full", "none"]) & table["harm"].notna()]
-    if shown.empty:
-        raise ValueError("no rule in this table has a harm to draw: it needs test runs of a rule, of full and of none")
-    groups = list(shown.groupby(GROUP, sort=False))
-    heights = [len(part) + 1.2 for _, part in groups]
-    size = (9, 0.27 * sum(heights) + 0.8)
-    _, axes = plt.subplots(len(groups), 1, figsize=size, sharex=True, squeeze=False, height_ratios=heights)
-    axes = axes[:, 0]
-    markers = {"tolerable": "o", "costly": "s", "catastrophic": "X", "undetermined": "D"}  # not by colour alone
-    usual = dataclasses.asdict(LocalGPTConfig()) | {"optimizer": "adamw"}
-    unusual = {
-        "attn_mode": "{} attention",
-        "qk_norm": "qk_norm {}",
-        "score_scale": "scores times {:g}",
-        "optimizer": "{}",
-    }
-    for ax, (values, part) in zip(axes, groups, strict=True):
-        group = dict(zip(GROUP, values, strict=True))
-        part = part.sort_values("harm", ascending=False)
-        for position, row in enumerate(part.itertuples()):
-            style = {"color": VERDICT_COLORS[row.verdict]}
-            if math.isinf(row.harm):  # a seed diverged: at the edge, beyond every scale
-                edge = ax.get_yaxis_transform()
-                ax.plot(1, position, ">", transform=edge, clip_on=False, **style)
-                place = {"xytext": (-8, 0), "textcoords": "offset points", "va": "center", "ha": "right"}
-                ax.annotate("diverged", (1, position), xycoords=edge, fontsize="small", **place, **style)
-                continue
-            ax.plot([row.low, row.high], [position] * 2, linewidth=2, **style)
-            face = "white" if row.lr_at_end else style["color"]  # a rate beyond might have been better
-            ax.plot(row.harm, position, markers[row.verdict], markerfacecolor=face, **style)
-            place = {"xytext": (8, 0), "textcoords": "offset points", "va": "center"}
-            ax.annotate(row.verdict, (max(row.high, 1), position), fontsize="small", **place, **style)
-        for bound in (TOLERABLE, CATASTROPHIC):
-            ax.axvline(bound, color="0.6", linewidth=1, linestyle="--", zorder=0)
-        ax.axvline(0, color="0.8", linewidth=1, zorder=0)
-        ax.set_yticks(range(len(part)), part["rule"])
-        ax.set_ylim(-0.6, len(part) - 0.4)
-        words = [group["task"], group["method"]]
-        words += [said.format(group[name]) for name, said in unusual.items() if group[name] != usual[name]]
-        ax.set_title(f"{', '.join(words)}, {group['steps']:,} iterations", fontsize="small")
-        ax.margins(x=0.2)  # for the words
-    axes[-1].set_xlabel("harm (0: full, 1: Q and K never trained)")
-    return axes

@@ -1,0 +1,644 @@
+"""The experiment: what is learnt and measured, the table of runs, how rules are judged by it.
+
+In this order: tasks, symptoms, the table ``data/runs.csv``, the verdict, its table and figure. Rows
+are made by ``data/sweep.py``; rules that only probe are in ``data/probes.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from helpers import (CATASTROPHIC, COLORS, DATA, TOLERABLE, Harm, capture_batch, gradient_cosines,
+                     harm, share_interval, twin)
+from model_local import LocalGPT, LocalGPTConfig, full
+
+# --------------------------------------------------------------------------------------------------
+# Tasks: what is learnt, by which shape of model, for how long
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RecallTask:
+    """Associative recall (Arora et al. 2023, "Zoology"): pairs of key and value, then some keys.
+
+    Only attention can carry a value from its pair to the query. Tokens are ``n_keys`` keys, then
+    ``n_values`` values; a sequence has ``n_pairs`` pairs of different keys, then ``n_queries`` of
+    these keys in random order. A generator makes endlessly many, so that unseen ones are the rule;
+    only queries have a target (other positions have -100, which the loss leaves out).
+
+    >>> task = RecallTask(n_keys=3, n_values=2, n_pairs=2, n_queries=2)
+    >>> x, y = task.batch(task.block_size, 1, torch.Generator().manual_seed(0), "cpu")
+    >>> x.tolist(), y.tolist()
+    ([[2, 3, 0, 4, 0, 2]], [[-100, -100, -100, -100, 4, 3]])
+    """
+
+    n_keys: int = 8
+    n_values: int = 8
+    n_pairs: int = 4
+    n_queries: int = 4
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n_queries <= self.n_pairs <= self.n_keys or self.n_values < 2:
+            raise ValueError(f"{self} cannot be: 1 <= n_queries <= n_pairs <= n_keys "
+                             "and n_values >= 2 must hold")
+
+    @property
+    def vocab_size(self) -> int:
+        return self.n_keys + self.n_values
+
+    @property
+    def block_size(self) -> int:
+        return 2 * self.n_pairs + self.n_queries
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(repr(self).encode()).hexdigest()
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of one who names any of the values that occur in the sequence."""
+        return 1 / self.n_pairs + (1 - 1 / self.n_pairs) / self.n_values
+
+    @property
+    def best_guess(self) -> float:
+        """Accuracy of one who names the most frequent value: the best without any lookup."""
+
+        @functools.cache
+        def sequences(n_values: int, length: int, most: int) -> int:
+            """How many sequences of values have none more than ``most`` times."""
+            if n_values == 0:
+                return int(length == 0)
+            times = range(min(most, length) + 1)
+            return sum(math.comb(length, k) * sequences(n_values - 1, length - k, most)
+                       for k in times)
+
+        P, V = self.n_pairs, self.n_values
+        # the mean of the largest count: the sum over m of the probability that it is m or more
+        more = sum(1 - sequences(V, P, m) / V**P for m in range(P))
+        return more / P
+
+    def batch(self, block_size: int, batch_size: int, generator: torch.Generator,
+              device: str) -> tuple[Tensor, Tensor]:
+        """``batch_size`` sequences and their targets, both (batch_size, block_size), int64."""
+        if block_size != self.block_size:
+            raise ValueError(f"block_size={block_size}, and {self} has sequences of "
+                             f"{self.block_size} tokens")
+        B, P = batch_size, self.n_pairs
+        keys = torch.rand(B, self.n_keys, generator=generator).argsort(dim=1)[:, :P]  # all differ
+        values = self.n_keys + torch.randint(self.n_values, (B, P), generator=generator)
+        asked = torch.rand(B, P, generator=generator).argsort(dim=1)[:, : self.n_queries]
+        pairs = torch.stack([keys, values], dim=2).flatten(1)
+        x = torch.cat([pairs, keys.gather(1, asked)], dim=1)
+        y = torch.full_like(x, -100)
+        y[:, 2 * P :] = values.gather(1, asked)
+        return x.to(device), y.to(device)
+
+    @torch.no_grad()
+    def score(self, model: LocalGPT) -> dict[str, float]:
+        """``val_loss`` (nats) and ``accuracy`` in [0, 1] on the same 2,048 sequences every time."""
+        device = next(model.parameters()).device
+        unseen = torch.Generator().manual_seed(2**31)  # no run's seed
+        x, y = self.batch(model.config.block_size, 2048, unseen, device)
+        was_training = model.training
+        logits, loss = model.eval()(x, y)
+        model.train(was_training)
+        right = (logits.argmax(-1) == y)[y != -100]
+        return {"val_loss": loss.item(), "accuracy": right.double().mean().item()}
+
+
+class Task(NamedTuple):
+    """What is learnt (the name of a corpus, or a task), and the setting in which it is."""
+
+    data: str | RecallTask
+    batch_size: int
+    steps: int
+    eval_every: int
+    shape: dict[str, int]  # of the model, where it is not the default
+
+
+def _recall(data: RecallTask) -> Task:
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": data.block_size}
+    return Task(data, batch_size=64, steps=3000, eval_every=150, shape=shape)
+
+
+TASKS = {
+    "shakespeare": Task("shakespeare_char", batch_size=32, steps=500, eval_every=100, shape={}),
+    "recall": _recall(RecallTask()),
+    "recall_8": _recall(RecallTask(n_keys=16, n_pairs=8, n_queries=8)),
+    "recall_16": _recall(RecallTask(n_keys=32, n_pairs=16, n_queries=16)),
+}
+SOLVED = 0.99  # the accuracy from which on a run has solved recall
+
+# --------------------------------------------------------------------------------------------------
+# Symptoms: what could make a rule fail
+# --------------------------------------------------------------------------------------------------
+
+# means over training of what is sent, and what the scores are like at the end
+SENT = ["cos_scores", "cos_q", "cos_k", "row_sum", "radial_q", "radial_k"]
+SYMPTOMS = [*SENT, "common_mode", "q_norm", "k_norm", "entropy", "score_max"]
+
+
+def symptoms(model: LocalGPT, x: Tensor, y: Tensor) -> dict[tuple[str, str], float]:
+    """What could make a rule fail, as means over layers, heads and sequences; for ``train``.
+
+    ============================ =================================================================
+    ``cos_scores, cos_q, cos_k`` cosine in [-1, 1] of what the rule sends with the exact pass, at
+                                 the scores and at the gradients of W_q and W_k (missing where
+                                 nothing is sent)
+    ``row_sum``                  of what a query's keys receive: |sum| over sum of sizes, in [0, 1]
+    ``radial_q, radial_k``       the same of its products with the scores, over a query's keys and
+                                 a key's queries: what makes queries and keys longer
+    ``common_mode``              root mean square of a query's mean score, unseen by the softmax
+    ``q_norm, k_norm``           root mean square of the entries of Q and K, before any norm
+    ``entropy``                  of a row, over the log of its number of keys, in [0, 1]
+    ``score_max``                a row's largest score before any cap, less the row's mean
+    ============================ =================================================================
+    """
+    values: dict[str, list[float]] = {name: [] for name in SYMPTOMS}
+    raw_scores: list[Tensor] = []
+
+    def keep_size(name: str):
+        def keep(module, inputs, output):
+            values[name].append(output.detach().square().mean().item())
+        return keep
+
+    # Queries and keys before any norm, and scores before any cap, are seen by hooks.
+    handles = []
+    for block in model.blocks:
+        handles.append(block.attn.q_proj.register_forward_hook(keep_size("q_norm")))
+        handles.append(block.attn.k_proj.register_forward_hook(keep_size("k_norm")))
+        if block.attn.score_cap is not None:
+            handles.append(block.attn.score_cap.register_forward_pre_hook(
+                lambda module, inputs: raw_scores.append(inputs[0].detach())))
+    try:
+        layers = capture_batch(model, x, y)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    for number, layer in enumerate(layers):
+        visible = layer.scores[0, 0].isfinite()
+        n_visible = visible.sum(-1)
+        # What the scores are like. The first query sees one key, and carries nothing.
+        scores = layer.scores.masked_fill(~visible, 0)
+        mean_score = scores.sum(-1) / n_visible
+        entropy = torch.special.entr(layer.attn).sum(-1)[..., 1:] / n_visible[1:].log()
+        raw = raw_scores[number].view_as(scores) if raw_scores else scores
+        largest = raw.masked_fill(~visible, -math.inf).amax(-1)
+        above = largest - raw.masked_fill(~visible, 0).sum(-1) / n_visible
+        values["common_mode"].append(mean_score.square().mean().sqrt().item())
+        values["entropy"].append(entropy.mean().item())
+        values["score_max"].append(above[..., 1:].mean().item())
+        # What the rule sends, beside what the exact pass would.
+        sent = model.get_submodule(layer.name).send_back(layer.attn, layer.grad, visible)
+        if sent is None:
+            continue
+        sigmoid = model.config.attn_mode == "sigmoid"
+        exact = sent if sigmoid else full(layer.attn, layer.grad, visible)
+        cosine = F.cosine_similarity(sent.double().flatten(2), exact.double().flatten(2),
+                                     dim=-1, eps=0)
+        values["cos_scores"].append(cosine.nanmean().item())
+        radial = sent * scores
+        for name, part, dim in (("row_sum", sent, -1), ("radial_q", radial, -1),
+                                ("radial_k", radial, -2)):
+            values[name].append((part.sum(dim).abs().sum() / part.abs().sum()).item())
+    for name in ("q_norm", "k_norm"):
+        values[name] = [math.sqrt(np.mean(values[name]))]
+
+    # At the weights: beside a model that differs in the softmax's backward pass alone.
+    exact_config = dataclasses.replace(model.config.exact, method=model.config.method)
+    exact_model = twin(model, **dataclasses.asdict(exact_config))
+    cosines = gradient_cosines(model, exact_model, x, y)
+    for name in "qk":
+        weight = f"{name}_proj.weight"
+        values[f"cos_{name}"] = [cosines[part] for part in cosines if part.endswith(weight)]
+    return {(metric, ""): float(np.mean(found)) for metric, found in values.items() if found}
+
+
+# --------------------------------------------------------------------------------------------------
+# The table of runs
+# --------------------------------------------------------------------------------------------------
+
+RUNS = DATA / "runs.csv"
+# Raised by hand when numbers change: rows with an older number are not shown, and are run anew.
+# notebooks/tests/test_golden.py sees such changes. (Rows with a 1 are of the first edition.)
+EXPERIMENT = 2
+
+# what determines a run; the rule is named by four columns, see data/probes.py
+RULE = ["rule", "base", "dose", "after"]
+KEY = {
+    "task": str, "method": str, "rule": str, "base": str, "dose": float, "after": int,
+    "attn_mode": str, "qk_norm": str, "qk_start": str, "score_cap": float, "cap_backward": str,
+    "score_scale": float, "optimizer": str, "feedback_scale": float, "lr": float, "steps": int,
+    "seed": int,
+}
+# rules are compared within a group: all that determines a run but rule, scale, rate and seed
+GROUP = [name for name in KEY if name not in (*RULE, "feedback_scale", "lr", "seed")]
+OUTCOMES = ["val_loss", "accuracy", *SYMPTOMS]
+# over training, as numbers between blanks, one for each evaluation
+CURVES = {"losses": "val_loss", "accuracies": "accuracy", "common_modes": "common_mode",
+          "q_norms": "q_norm", "k_norms": "k_norm", "score_maxes": "score_max"}
+COLUMNS = [*KEY, "status", *OUTCOMES, *CURVES, "data", "experiment", "seconds", "machine", "torch"]
+TUNING_SEEDS = range(100, 200)  # they chose the learning rate in the first two editions
+TEST_SEEDS = (*range(100), *range(200, 300))
+
+
+def load_runs(experiment: int | None = EXPERIMENT, path: Path = RUNS) -> pd.DataFrame:
+    """The table that data/sweep.py fills in, one row a run; ``experiment``: None for all of them.
+
+    ``status`` is ok, diverged (``val_loss`` is inf) or failed (and why; ``val_loss`` is NaN).
+    Raises FileNotFoundError where there is no table, and ValueError on what is none.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path.name}: take it from git again, "
+                                "or make it with 'make sweep' (hours)")
+    floats = dict.fromkeys([*OUTCOMES, "seconds"], float)
+    text = dict.fromkeys([*CURVES, "status", "data", "machine", "torch"], str)
+    columns = KEY | floats | text | {"experiment": int}
+    words = [name for name, kind in columns.items() if kind is str]
+    try:
+        runs = pd.read_csv(path, dtype=columns, keep_default_na=False,
+                           na_values={name: [""] for name in columns if name not in words})
+        runs = runs[COLUMNS]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path.name} is damaged: {error}; correct it, take it from git again, "
+                         "or delete it") from error
+    runs["val_loss"] = runs["val_loss"].where(runs["status"] != "diverged", math.inf)
+    if experiment is not None:
+        runs = runs[runs["experiment"] == experiment].reset_index(drop=True)
+    return check_runs(runs)
+
+
+def check_runs(runs: pd.DataFrame) -> pd.DataFrame:
+    """The table as it is; ValueError names a run that cannot be as the table says."""
+
+    def refuse(wrong: pd.Series, what: str) -> None:
+        if wrong.any():
+            run = runs[wrong].iloc[0][[*KEY]].to_dict()
+            raise ValueError(f"the table holds a run that {what}: {run}; delete that row")
+
+    loss, failed = runs["val_loss"], runs["status"].str.startswith("failed")
+    usual = runs.groupby("task")["data"].transform(lambda data: data.mode().iloc[0])
+    refuse(runs.duplicated([*KEY, "experiment"]), "is there twice")
+    refuse(runs["data"] != usual, "is of other data than the other runs of its task")
+    refuse(~failed & ~runs["status"].isin(["ok", "diverged"]),
+           "is neither ok nor diverged nor failed")
+    refuse((runs["status"] == "ok") & ~np.isfinite(loss), "is ok and has no finite loss")
+    refuse((runs["status"] == "diverged") & ~np.isposinf(loss), "is diverged and has a loss")
+    refuse(failed & loss.notna(), "failed and has a loss")
+    return runs
+
+
+def curve(values: str) -> np.ndarray:
+    """A curve of the table as an array: one number for each evaluation, the first before training.
+
+    >>> curve("2.5 1.25")
+    array([2.5 , 1.25])
+    """
+    return np.array(values.split(), dtype=float)
+
+
+def usual_runs(runs: pd.DataFrame) -> pd.DataFrame:
+    """Those of softmax attention as it usually starts, with scores of scale 1, by AdamW."""
+    usual = {"attn_mode": "softmax", "score_scale": 1.0, "optimizer": "adamw",
+             "qk_start": "gpt2", "score_cap": math.inf}
+    steps = runs["task"].map({name: task.steps for name, task in TASKS.items()})
+    return runs[(runs[[*usual]] == pd.Series(usual)).all(axis=1) & (runs["steps"] == steps)]
+
+
+def runs_without_norms() -> pd.DataFrame:
+    """What 05 and 06 judge: recall of the first edition, Tiny Shakespeare of the second."""
+    text = usual_runs(load_runs()).query("task == 'shakespeare' and qk_norm == 'off'")
+    return pd.concat([load_runs(experiment=1), text], ignore_index=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# The verdict
+# --------------------------------------------------------------------------------------------------
+
+
+class Settings(NamedTuple):
+    """What tuning chooses, and the mean validation loss it had there."""
+
+    feedback_scale: float
+    lr: float
+    loss: float
+
+
+def best_settings(tuning: pd.DataFrame) -> Settings:
+    """Feedback scale and rate by which most runs solved their task, then those of the lowest loss.
+
+    A run that diverged has the loss inf; where one is missing (NaN: it failed), nothing can be
+    chosen, and all is NaN. Where runs have no accuracy none is solved, and the loss decides alone.
+
+    >>> losses = [2.1, 2.3, 2.0, math.inf]
+    >>> tuning = pd.DataFrame({"feedback_scale": 1.0, "lr": [1e-3, 1e-3, 3e-3, 3e-3]})
+    >>> best_settings(tuning.assign(val_loss=losses))
+    Settings(feedback_scale=1.0, lr=0.001, loss=2.2)
+    """
+    solved = tuning["accuracy"] >= SOLVED if "accuracy" in tuning else False
+    settings = tuning.assign(solved=solved).groupby(["feedback_scale", "lr"])
+    choice = settings["solved"].mean().to_frame()
+    choice["loss"] = settings["val_loss"].mean(skipna=False)
+    if choice.empty or choice["loss"].isna().any():
+        return Settings(math.nan, math.nan, math.nan)
+    best = choice.sort_values(["solved", "loss"], ascending=[False, True]).iloc[0]
+    return Settings(*map(float, best.name), float(best["loss"]))
+
+
+def shared_control(qk_norm: str) -> str:
+    """The norm whose ``none`` is also that of ``qk_norm``.
+
+    Where no gradient arrives at Q and K it makes no difference what would become of it there.
+    """
+    return LocalGPTConfig(qk_norm=qk_norm).exact.qk_norm
+
+
+class Judged(NamedTuple):
+    """The test runs that a rule is judged by, indexed by seed, and ``full`` and ``none`` beside."""
+
+    group: dict[str, object]  # by the names of GROUP
+    rule: tuple  # by the names of RULE
+    feedback_scale: float
+    lr: float
+    tried: pd.Series  # the learning rates of tuning
+    runs: pd.DataFrame
+    full: pd.DataFrame
+    none: pd.DataFrame
+
+    def losses(self) -> list[pd.Series] | None:
+        """Losses of rule, ``full`` and ``none`` on the seeds that all have; None without two."""
+        parts = self.runs, self.full, self.none
+        seeds = parts[0].index.intersection(parts[1].index).intersection(parts[2].index)
+        losses = [part["val_loss"][seeds] for part in parts]
+        return None if len(seeds) < 2 or pd.concat(losses).isna().any() else losses
+
+    @property
+    def solved(self) -> tuple[int, int, int, int]:
+        """Runs that solved their task and runs: of the rule, then of ``full``."""
+        solved = int((self.runs["accuracy"] >= SOLVED).sum())
+        full_solved = int((self.full["accuracy"] >= SOLVED).sum())
+        return solved, len(self.runs), full_solved, len(self.full)
+
+
+FULL, NONE = (("full", "", 1.0, 0), ("none", "", 1.0, 0))  # as RULE names them
+
+
+def judged(runs: pd.DataFrame, at: str = "own") -> Iterator[Judged]:
+    """Every rule of every ``GROUP`` by its test runs, at the learning rate that tuning chose.
+
+    ``at`` says whose rate is used: the rule, ``full`` and ``none`` each at their ``own``, all three
+    at that of ``full``, or all three at that of the ``rule``. The feedback scale is everywhere that
+    which ``full`` chose.
+    """
+    if at not in ("own", "full", "rule"):
+        raise ValueError(f"at={at!r} is not whose learning rate is used: "
+                         "choose 'own', 'full' or 'rule'")
+    for values, part in check_runs(runs).groupby(GROUP, sort=False):
+        group = dict(zip(GROUP, values, strict=True))
+        # Norms that differ only backwards share the control.
+        control = shared_control(group["qk_norm"])
+        if control != group["qk_norm"]:
+            shared = group | {"qk_norm": control, "rule": "none"}
+            part = pd.concat([part, runs[(runs[[*shared]] == pd.Series(shared)).all(axis=1)]])
+        tuning, tests = part[part["seed"].isin(TUNING_SEEDS)], part[part["seed"].isin(TEST_SEEDS)]
+
+        # The feedback scale is the choice of the exact pass, the rate that of each rule.
+        scale = best_settings(tuning[tuning["rule"] == "full"]).feedback_scale
+        if not math.isnan(scale):
+            tuning = tuning[tuning["feedback_scale"] == scale]
+        rules = pd.concat([tuning, tests])[RULE].drop_duplicates()
+        tests = tests[tests["feedback_scale"] == scale]
+        tried = dict(iter(tuning.groupby(RULE, sort=False)))
+        tested = dict(iter(tests.groupby([*RULE, "lr"], sort=False)))
+        best = {rule: best_settings(tried[rule]).lr for rule in tried}
+
+        for rule in rules.itertuples(index=False, name=None):
+            whose = {"own": (rule, FULL, NONE), "full": (FULL,) * 3, "rule": (rule,) * 3}[at]
+            rates = [best.get(name, math.nan) for name in whose]
+            beside = []
+            for name, lr in zip((rule, FULL, NONE), rates, strict=True):
+                found = tested.get((*name, lr), tests.iloc[:0])
+                beside.append(found.set_index("seed").sort_index())
+            lrs = tried[rule]["lr"] if rule in tried else tuning["lr"].iloc[:0]
+            yield Judged(group, rule, scale, rates[0], lrs, *beside)
+
+
+def harm_table(runs: pd.DataFrame, at: str = "own") -> pd.DataFrame:
+    """One row a rule within its ``GROUP``: seeds, rate, loss, harm, verdict, see ``judged``.
+
+    Losses and symptoms are means over the rule's test seeds (``loss_sd``: standard deviation),
+    ``solved`` is how many of them solved the task; harm comes with its interval, over the seeds
+    that ``full`` and ``none`` have too. The verdict is ``missing`` where there are no two such
+    seeds, or a run failed.
+    """
+    rows = []
+    for case in judged(runs, at):
+        losses = case.losses()
+        result = harm(*losses) if losses else Harm(math.nan, math.nan, math.nan, "missing")
+        if case.rule in (FULL, NONE) and losses and result.verdict != "undecided":
+            result = result._replace(verdict="reference")
+        row = case.group | dict(zip(RULE, case.rule, strict=True))
+        row |= {"seeds": len(case.runs), "feedback_scale": case.feedback_scale, "lr": case.lr}
+        low, high = case.tried.min(), case.tried.max()
+        row["lr_tried"] = f"{low:g} to {high:g}" if len(case.tried) else ""
+        row["lr_at_end"] = case.lr in (low, high)
+        loss = case.runs["val_loss"]
+        with np.errstate(invalid="ignore"):  # a diverged run's loss is inf, and has no deviation
+            row |= {"loss": loss.mean(), "loss_sd": loss.std(), "solved": case.solved[0]}
+        rows.append(row | result._asdict() | case.runs[["accuracy", *SYMPTOMS]].mean().to_dict())
+    return pd.DataFrame(rows)
+
+
+def headline_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """``harm_table`` with each rule at its own rate or, where none was tuned for it, at full's."""
+    tables = [harm_table(runs, at).query("verdict != 'missing'") for at in ("own", "full")]
+    both = pd.concat(tables).sort_index(kind="stable")
+    return both.drop_duplicates([*GROUP, *RULE], ignore_index=True)
+
+
+MOST, BEHIND = 0.5, -0.25  # bounds on the share solved, and on how far it may be behind full's
+
+
+def share_difference(solved: int, runs: int, other_solved: int, other_runs: int,
+                     confidence: float = 0.95) -> tuple[float, float]:
+    """Newcombe's (1998, method 10) interval for a share less another, from Wilson's for each.
+
+    >>> [round(end, 3) for end in share_difference(56, 70, 48, 80)]
+    [0.052, 0.334]
+    """
+    p, q = solved / runs, other_solved / other_runs
+    p_low, p_high = share_interval(solved, runs, confidence)
+    q_low, q_high = share_interval(other_solved, other_runs, confidence)
+    low = p - q - math.hypot(p - p_low, q_high - q)
+    return low, p - q + math.hypot(p_high - p, q - q_low)
+
+
+def mended(solved: tuple[int, int, int, int], losses: list | None, level: float) -> str:
+    """By the protocol of notebook 08, at one error level: mended, not mended, or undetermined.
+
+    Mended: the interval of the share of recall solved lies above ``MOST``, that of its difference
+    from the share of ``full`` above ``BEHIND``, and that of the harm on text ends at or below
+    ``TOLERABLE``. Not mended: one of the three lies wholly on the other side; as one way is enough,
+    each has a third of the level.
+    """
+    for verdict, error in (("mended", level), ("not mended", level / 3)):
+        share = share_interval(*solved[:2], 1 - error)
+        behind = share_difference(*solved, 1 - error)
+        cost = harm(*losses, 1 - error) if losses else None
+        holds = [share[0] >= MOST, behind[0] >= BEHIND]
+        fails = [share[1] < MOST, behind[1] < BEHIND]
+        if cost:
+            holds.append(cost.high <= TOLERABLE)
+            fails.append(cost.low > TOLERABLE)
+        if all(holds) if verdict == "mended" else any(fails):
+            return verdict
+    return "undetermined"
+
+
+def mending(runs: pd.DataFrame, rules: Iterable[str] = ("diagonal", "zero")) -> pd.DataFrame:
+    """Which of two ``rules`` a setting mends, at the rate of ``full``; one row a rule and setting.
+
+    ``recall`` is the verdict without the harm on Shakespeare, ``both`` with it, ``missing`` where
+    runs are. Verdicts hold for both rules together at the level 0.05, by Holm's (1979) method: one
+    that holds at half of it lets the other have all of it.
+    """
+    setting = [name for name in GROUP if name not in ("task", "steps")]
+    cases: dict[tuple, dict[str, dict[str, Judged]]] = {}
+    for case in judged(runs, at="full"):
+        rule, *probe = case.rule
+        task = case.group["task"]
+        if rule in rules and probe == ["", 1.0, 0] and case.group["steps"] == TASKS[task].steps:
+            key = tuple(case.group[name] for name in setting)
+            cases.setdefault(key, {}).setdefault(rule, {})[task] = case
+    rows = []
+    for key, by_rule in cases.items():
+        evidence = {"recall": {}, "both": {}}
+        for rule, tasks in by_rule.items():
+            recall = tasks.get("recall")
+            if recall is None or not len(recall.runs) or not len(recall.full):
+                continue
+            if pd.concat([recall.runs, recall.full])["val_loss"].isna().any():
+                continue
+            evidence["recall"][rule] = recall.solved, None
+            losses = tasks["shakespeare"].losses() if "shakespeare" in tasks else None
+            if losses:
+                evidence["both"][rule] = recall.solved, losses
+        for rule in by_rule:
+            row = dict(zip([*setting, "rule"], (*key, rule), strict=True))
+            if rule in evidence["recall"]:
+                solved = evidence["recall"][rule][0]
+                names = "solved", "seeds", "full_solved", "full_seeds"
+                row |= dict(zip(names, solved, strict=True))
+                row["low"], row["high"] = share_interval(*solved[:2])
+                row["behind_low"], row["behind_high"] = share_difference(*solved)
+            for name, known in evidence.items():
+                row[name] = "missing"
+                if rule in known:
+                    row[name] = mended(*known[rule], 0.05 / len(by_rule))
+                    others = [mended(*known[other], 0.05 / len(by_rule)) for other in known
+                              if other != rule]
+                    if row[name] == "undetermined" and set(others) - {"undetermined"}:
+                        row[name] = mended(*known[rule], 0.05)
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+# --------------------------------------------------------------------------------------------------
+# Its table and figure
+# --------------------------------------------------------------------------------------------------
+
+VERDICT_COLORS = {"tolerable": COLORS["sign_sym"], "costly": "#9A6700",
+                  "catastrophic": COLORS["offdiag"], "undetermined": "#777777"}
+
+
+def verdict_table(table: pd.DataFrame, digits: int = 3) -> str:
+    """The HTML of a table whose column ``verdict`` has the colours of ``plot_harm``.
+
+    Numbers have so many ``digits`` after the point, learning rates (``lr``) five.
+
+    >>> row = {"lr": [3e-5], "harm": [0.0125], "verdict": ["undetermined"]}
+    >>> table = verdict_table(pd.DataFrame(row), digits=2)
+    >>> [part in table for part in (">0.00003<", ">0.01<", "background: #77777740")]
+    [True, True, True]
+    """
+    shown = table.style.format(precision=digits, na_rep="").format("{:.5f}", subset=["lr"])
+    colors = {verdict: f"background: {color}40" for verdict, color in VERDICT_COLORS.items()}
+    shown = shown.map(lambda verdict: colors.get(verdict, ""), subset=["verdict"])
+    return shown.set_uuid("verdicts").set_table_attributes('class="dataframe"').to_html()
+
+
+def plot_harm(table: pd.DataFrame) -> np.ndarray:
+    """Harm of every rule (rows of ``harm_table``) with its interval and the verdict's two bounds.
+
+    A panel a group, one below the other, in a figure of their own, and an array of their axes;
+    groups and rules without a verdict are left out. Raises ValueError where that leaves none.
+    """
+    shown = table[~table["rule"].isin(["full", "none"]) & table["harm"].notna()]
+    if shown.empty:
+        raise ValueError("no rule in this table has a harm to draw: it needs test runs of a rule, "
+                         "of full and of none")
+    groups = list(shown.groupby(GROUP, sort=False))
+    heights = [len(part) + 1.2 for _, part in groups]
+    _, axes = plt.subplots(len(groups), 1, figsize=(9, 0.27 * sum(heights) + 0.8), sharex=True,
+                           squeeze=False, height_ratios=heights)
+    axes = axes[:, 0]
+    # not by colour alone
+    markers = {"tolerable": "o", "costly": "s", "catastrophic": "X", "undetermined": "D"}
+    for ax, (values, part) in zip(axes, groups, strict=True):
+        group = dict(zip(GROUP, values, strict=True))
+        part = part.sort_values("harm", ascending=False)
+        for position, row in enumerate(part.itertuples()):
+            color = VERDICT_COLORS[row.verdict]
+            words = {"fontsize": "small", "va": "center", "textcoords": "offset points"}
+            if math.isinf(row.harm):  # a seed diverged: at the edge, beyond every scale
+                edge = ax.get_yaxis_transform()
+                ax.plot(1, position, ">", transform=edge, clip_on=False, color=color)
+                ax.annotate("diverged", (1, position), (-8, 0), xycoords=edge, ha="right",
+                            color=color, **words)
+                continue
+            ax.plot([row.low, row.high], [position] * 2, linewidth=2, color=color)
+            face = "white" if row.lr_at_end else color  # a rate beyond might have been better
+            ax.plot(row.harm, position, markers[row.verdict], markerfacecolor=face, color=color)
+            ax.annotate(row.verdict, (max(row.high, 1), position), (8, 0), color=color, **words)
+        for bound in (TOLERABLE, CATASTROPHIC):
+            ax.axvline(bound, color="0.6", linewidth=1, linestyle="--", zorder=0)
+        ax.axvline(0, color="0.8", linewidth=1, zorder=0)
+        ax.set_yticks(range(len(part)), part["rule"])
+        ax.set_ylim(-0.6, len(part) - 0.4)
+        ax.set_title(group_title(group), fontsize="small")
+        ax.margins(x=0.2)  # for the words
+    axes[-1].set_xlabel("harm (0: full, 1: Q and K never trained)")
+    return axes
+
+
+def group_title(group: dict[str, object]) -> str:
+    """What is said of a group over its panel: task and method, then what is not as usual."""
+    words = [group["task"], group["method"]]
+    if group["attn_mode"] != "softmax":
+        words.append(f"{group['attn_mode']} attention")
+    if group["qk_norm"] != "off":
+        words.append(f"qk_norm {group['qk_norm']}")
+    if group["qk_start"] != "gpt2":
+        words.append(f"start {group['qk_start']}")
+    if group["score_cap"] < math.inf:
+        words.append(f"scores below {group['score_cap']:g}")
+    if group["score_scale"] != 1:
+        words.append(f"scores times {group['score_scale']:g}")
+    if group["optimizer"] != "adamw":
+        words.append(group["optimizer"])
+    return f"{', '.join(words)}, {group['steps']:,} iterations"
