@@ -142,7 +142,32 @@ def grid(task: str, rules: Iterable[str], lrs: Iterable[float], seeds: Iterable[
             for seed in seeds for lr in lrs for rule in rules]
 
 
-PLANS: dict[str, list[Cell]] = {}
+# the protocol of notebooks/protocol.md
+RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+SEEDS = (*range(100, 104), *range(200, 204))  # on recall; the first four for the exact pass
+TEXT_SEEDS = range(200, 205)
+CAPS = (1.0, 2.0, 32**0.5, 20.0)  # sqrt(D) is the same in both tasks
+
+
+def window(lrs: Iterable[float] = RATES[1:], **changes) -> list[Cell]:
+    """The two local rules on recall at several rates, beside the exact pass."""
+    local = grid("recall", ("diagonal", "zero"), lrs, SEEDS, **changes)
+    return grid("recall", ("full",), lrs, SEEDS[:4], **changes) + local
+
+
+PLANS: dict[str, list[Cell]] = {
+    "cap-choice": [cell for task in ("recall", "shakespeare") for cap in CAPS
+                   for cell in grid(task, ("diagonal",), [1e-3], (300, 301), score_cap=cap)],
+    "recall-start": window(qk_start="lecun"),
+    "recall-off": window(RATES),
+    "recall-exact": window(RATES, qk_norm="exact"),
+    "recall-cut": window(RATES, qk_norm="cut"),
+    "recall-held": window(RATES[2:4], qk_start="lecun", optimizer="qk_fixed"),
+    "recall-tangent": grid("recall", ("balanced_evenly",), RATES[1:], SEEDS, qk_norm="tangent"),
+    "drift": [cell for norm in ("off", "exact")
+              for cell in grid("recall", ("diagonal", "zero"), [1e-3], range(400, 408),
+                               qk_norm=norm)],
+}
 SMALL = grid("recall", ("full", "none"), [1e-3], (100, 200, 201), steps=20)
 
 
