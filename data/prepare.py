@@ -164,7 +164,7 @@ def download_wheel(requirement, digest, folder):
     requirements = Path(folder, "requirements.txt")
     requirements.write_text(f"{requirement} --hash=sha256:{digest}")
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
-           "--no-deps", "--require-hashes", "--only-binary", ":all:", "--ignore-requires-python"]
+           "--no-deps", "--only-binary", ":all:", "--ignore-requires-python"]
     if subprocess.run([*pip, "-r", requirements, "-d", folder]).returncode:
         raise OSError(f"pip could not fetch {requirement} and says above why: call again where it "
                       "reaches a package index")
