@@ -12,11 +12,11 @@ import dataclasses
 import functools
 import hashlib
 import inspect
+import io
 import json
 import math
 import os
 import pickle
-import pickletools
 import re
 import textwrap
 import time
@@ -56,16 +56,16 @@ from model_local import (SOFTMAX_BACKWARD, LocalGPT, LocalGPTConfig, Rule, atten
 ROOT = Path(__file__).resolve().parent
 DATA = ROOT / "data"
 
-# --------------------------------------------------------------------------------------------------
-# 1. Data: a corpus is a folder in nanoGPT's layout (train.bin, val.bin, meta.pkl), made by data/prepare.py
-# --------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
+# 1. Data: a corpus is a folder in nanoGPT's layout, made by data/prepare.py
+# -------------------------------------------------------------------------------------------------
 
-SHAKESPEARE_SHA256 = "56c25d4855680bb29279a84bcf28065b8053a158bede65b7f57d0c581ba81944"  # as Corpus.sha256 has it
+SHAKESPEARE_SHA256 = "56c25d4855680bb29279a84bcf28065b8053a158bede65b7f57d0c581ba81944"
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A tokenised text, memory-mapped. ``train`` and ``val`` hold token ids (uint16), ``itos`` their characters."""
+    """A tokenised text, memory-mapped. ``train`` and ``val`` hold token ids (uint16)."""
 
     name: str
     train: np.ndarray
@@ -80,20 +80,22 @@ class Corpus:
 
     @property
     def is_shakespeare(self) -> bool:
-        """Whether this is Tiny Shakespeare, which the report's sentences are about, whatever its folder is called."""
+        """Whether this is Tiny Shakespeare, the report's text, whatever its folder's name."""
         return self.sha256 == SHAKESPEARE_SHA256
 
     def encode(self, text: str) -> Tensor:
-        """Token ids (T,) of ``text``; ValueError names a character that the corpus does not have."""
-        unknown = sorted(set(text) - set(self.stoi))
-        if unknown:
-            raise ValueError(f"{unknown[0]!r} does not occur in the corpus {self.name!r}, which has no token for it")
+        """Token ids (T,) of ``text``; ValueError names a character that it has no token for."""
+        for character in text:
+            if character not in self.stoi:
+                raise ValueError(f"{character!r} does not occur in the corpus {self.name!r}: leave "
+                                 "it out")
         return torch.tensor([self.stoi[character] for character in text], dtype=torch.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
         return "".join(self.itos[int(i)] for i in ids)
 
-    def batch(self, block_size: int, batch_size: int, generator: torch.Generator, device: str) -> tuple[Tensor, Tensor]:
+    def batch(self, block_size: int, batch_size: int, generator: torch.Generator,
+              device: str) -> tuple[Tensor, Tensor]:
         """A random batch of the training part, see ``get_batch``."""
         return get_batch(self.train, block_size, batch_size, generator, device)
 
@@ -103,113 +105,120 @@ class Corpus:
 
     def __repr__(self) -> str:
         name = "Tiny Shakespeare" if self.is_shakespeare else self.name
-        size = f"{len(self.train):,} training and {len(self.val):,} validation tokens, {self.vocab_size} distinct"
-        return f"Corpus: {name}, {size}."
+        return (f"Corpus: {name}, {len(self.train):,} training and {len(self.val):,} validation "
+                f"tokens, {self.vocab_size} distinct.")
 
     def _repr_markdown_(self) -> str:
         if self.is_shakespeare:
             return repr(self)
-        return f"{self}\n\n> **Not Tiny Shakespeare**: what the text says of trained models was seen on that, not here."
+        return (f"{self}\n\n> **Not Tiny Shakespeare**: what the text says of trained models was "
+                "seen on that, not here.")
 
 
 def load_corpus(name: str | None = None, root: Path = DATA) -> Corpus:
-    """Open the corpus ``root/name``; without a name that of the environment variable CORPUS, else Tiny Shakespeare.
+    """Open the corpus ``root/name``; by default the environment's CORPUS, else Tiny Shakespeare.
 
-    Raises FileNotFoundError where it is missing and ValueError where it is damaged, saying what to do.
+    Raises FileNotFoundError where it is missing and ValueError where it is damaged, saying what to
+    do; warns where its files look like those of 4-byte ids.
 
     >>> load_corpus("my_text")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
         ...
     FileNotFoundError: data/my_text is missing: 'python data/prepare.py' makes Tiny Shakespeare, ...
     """
-    name = os.environ.get("CORPUS") or "shakespeare_char" if name is None else name
+    if name is None:
+        name = os.environ.get("CORPUS") or "shakespeare_char"
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-        raise ValueError(f"{name!r} names no corpus: give the name of a folder in {root.name}/ (letters, digits, _, -)")
+        raise ValueError(f"{name!r} names no corpus: give the name of a folder in {root.name}/ "
+                         "(letters, digits, _, -)")
+    make = ("'python data/prepare.py' makes Tiny Shakespeare, with "
+            f"'--text FILE --name {name}' a text of your own")
     folder = root / name
-    make = f"'python data/prepare.py' makes Tiny Shakespeare, with '--text FILE --name {name}' a text of your own"
     for path in (folder, folder / "train.bin", folder / "val.bin", folder / "meta.pkl"):
         if not path.exists():
             raise FileNotFoundError(f"{path.relative_to(root.parent)} is missing: {make}")
-
-    def damaged(what: str) -> ValueError:
-        return ValueError(f"{root.name}/{name} is damaged: {what}; {make}")
-
     try:
-        characters = _characters((folder / "meta.pkl").read_bytes())
+        itos = _vocabulary((folder / "meta.pkl").read_bytes())
+        train, val = (np.memmap(folder / f"{part}.bin", "<u2", "r") for part in ("train", "val"))
+        # An id without a character would otherwise fail far from here.
+        if (highest := max(train.max(), val.max())) >= len(itos):
+            raise ValueError(f"a token id is {highest}, and the vocabulary ends at {len(itos) - 1}")
     except Exception as error:  # a hostile or broken pickle can fail in any way
-        raise damaged(f"meta.pkl cannot be read ({type(error).__name__}: {error})") from error
-    digest = hashlib.sha256(json.dumps(characters).encode())
-    splits = []
-    for file in ("train.bin", "val.bin"):
-        n_bytes = (folder / file).stat().st_size
-        if n_bytes == 0 or n_bytes % 2:
-            raise damaged(f"{file} has {n_bytes} bytes, not a positive number of 2-byte tokens")
-        tokens = np.memmap(folder / file, dtype="<u2", mode="r")
-        if tokens.max() >= len(characters):
-            raise damaged(f"{file} holds the token id {tokens.max()}, and the vocabulary ends at {len(characters) - 1}")
-        digest.update(tokens.tobytes())
-        splits.append(tokens)
-    if not any(tokens[1::2].any() for tokens in splits) and not all(tokens[::2].all() for tokens in splits):
-        raise damaged("every second token is 0, as in files of 4-byte ids (int32), and here an id has 2 bytes (uint16)")
-    itos = dict(enumerate(characters))
-    return Corpus(name, *splits, {c: i for i, c in itos.items()}, itos, digest.hexdigest())
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{root.name}/{name} is damaged ({why}): {make}") from error
+    # A text may be like that, too ("a\nb\n"), and nothing tells the two apart: so it is no error.
+    if not (train[1::2].any() or val[1::2].any()):
+        warnings.warn(f"every second token of {root.name}/{name} is 0, as in files of 4-byte ids "
+                      "(int32): if they are that, write them as 2-byte ids (uint16)", stacklevel=2)
+    digest = hashlib.sha256(json.dumps(list(itos.values())).encode())
+    digest.update(train.tobytes())
+    digest.update(val.tobytes())
+    stoi = {character: i for i, character in itos.items()}
+    return Corpus(name, train, val, stoi, itos, digest.hexdigest())
 
 
-def _characters(pickled: bytes) -> list[str]:
-    """The vocabulary in a meta.pkl, in the order of its ids; any exception where it is not as nanoGPT writes it."""
-    # Dicts, strings and integers alone: nothing that imports or calls, no tuple in tuples to take for ever as a key.
-    plain = {"PROTO", "FRAME", "MARK", "EMPTY_DICT", "SETITEM", "SETITEMS", "BINUNICODE", "SHORT_BINUNICODE", "STOP"}
-    plain |= {"BININT", "BININT1", "BININT2", "MEMOIZE", "BINPUT", "BINGET", "LONG_BINGET"}
-    if foreign := {opcode.name for opcode, _, _ in pickletools.genops(pickled)} - plain:
-        raise ValueError(f"it holds {', '.join(sorted(foreign))}, and only plain dicts, strings and integers are read")
-    meta = pickle.loads(pickled)
-    characters = [meta["itos"][i] for i in range(len(meta["itos"]))]
-    itos = dict(enumerate(characters))
-    expected = {"vocab_size": len(itos), "itos": itos, "stoi": {c: i for i, c in itos.items()}}
-    if {key: meta[key] for key in expected} != expected or len(itos) < 2 or any(len(c) != 1 for c in characters):
-        raise ValueError("vocab_size, stoi and itos do not belong together, or are not of two or more characters")
-    return characters
+class _PlainUnpickler(pickle.Unpickler):
+    """Builds containers, strings and numbers alone: a pickle could call any program otherwise."""
+
+    def find_class(self, module: str, name: str):
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only plain data is read")
 
 
-def get_batch(
-    tokens: np.ndarray, block_size: int, batch_size: int, generator: torch.Generator, device: str = "cpu"
-) -> tuple[Tensor, Tensor]:
+def _vocabulary(pickled: bytes) -> dict[int, str]:
+    """A meta.pkl's ``itos``, by id; some exception where it is not as nanoGPT writes it."""
+    meta = _PlainUnpickler(io.BytesIO(pickled)).load()
+    itos = {i: meta["itos"][i] for i in range(len(meta["itos"]))}
+    stoi = {c: i for i, c in itos.items()}
+    if (meta["vocab_size"], meta["itos"], meta["stoi"]) != (len(stoi), itos, stoi):
+        raise ValueError("vocab_size, stoi and itos do not belong together")
+    if len(itos) < 2 or not all(isinstance(c, str) and len(c) == 1 for c in stoi):
+        raise ValueError("the vocabulary is not of two or more single characters")
+    return itos
+
+
+def get_batch(tokens: np.ndarray, block_size: int, batch_size: int, generator: torch.Generator,
+              device: str = "cpu") -> tuple[Tensor, Tensor]:
     """A random batch: inputs and next-token targets, both (batch_size, block_size), int64.
 
-    ``generator`` alone decides which windows are drawn: the same seed gives the same batches, whatever else draws
-    random numbers. Raises ValueError where the text is shorter than a window.
+    ``generator`` alone decides which windows are drawn: the same seed gives the same batches,
+    whatever else draws random numbers. Raises ValueError where the text is shorter than a window.
 
-    >>> x, y = get_batch(np.arange(100), block_size=4, batch_size=2, generator=torch.Generator().manual_seed(0))
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> x, y = get_batch(np.arange(100), block_size=4, batch_size=2, generator=generator)
     >>> x.shape, bool((y == x + 1).all())
     (torch.Size([2, 4]), True)
     """
     if len(tokens) <= block_size:
-        raise ValueError(
-            f"a window of block_size={block_size} needs {block_size + 1} tokens and this text has {len(tokens)}: "
-            "choose a smaller block_size or a longer text"
-        )
+        raise ValueError(f"a window of block_size={block_size} needs {block_size + 1} tokens and "
+                         f"this text has {len(tokens)}: choose a smaller one or a longer text")
     starts = torch.randint(len(tokens) - block_size, (batch_size, 1), generator=generator).numpy()
     return _windows(tokens, starts, block_size, device)
 
 
-def _windows(tokens: np.ndarray, starts: np.ndarray, block_size: int, device: str) -> tuple[Tensor, Tensor]:
+def _windows(tokens: np.ndarray, starts: np.ndarray, block_size: int,
+             device: str) -> tuple[Tensor, Tensor]:
     """The windows that begin at ``starts`` (B, 1), in one gather from the file."""
-    window = torch.from_numpy(tokens[starts + np.arange(block_size + 1)].astype(np.int64)).to(device)
-    return window[:, :-1].contiguous(), window[:, 1:].contiguous()  # nanoGPT's model asks for views of the targets
+    window = tokens[starts + np.arange(block_size + 1)].astype(np.int64)
+    window = torch.from_numpy(window).to(device)
+    return window[:, :-1].contiguous(), window[:, 1:].contiguous()  # nanoGPT's model takes views
 
 
 def ngram_losses(corpus: Corpus) -> dict[str, float]:
-    """Validation cross-entropy in nats of the unigram and bigram models of the training text (add-one smoothing).
+    """Validation cross-entropy in nats of unigram and bigram models (add-one smoothing).
 
-    A model above the unigram line has learnt nothing; one above the bigram line knows less than pairs of letters tell.
+    A model above the unigram line has learnt nothing; one above the bigram line knows less than
+    pairs of letters tell.
     """
     V = corpus.vocab_size
     train, val = corpus.train.astype(np.int64), corpus.val.astype(np.int64)
     unigram = np.bincount(train, minlength=V) + 1.0
-    bigram = np.bincount(train[:-1] * V + train[1:], minlength=V * V).reshape(V, V) + 1.0
+    unigram /= unigram.sum()
+    pairs = train[:-1] * V + train[1:]
+    bigram = np.bincount(pairs, minlength=V * V).reshape(V, V) + 1.0
+    bigram /= bigram.sum(1, keepdims=True)
     return {
-        "unigram": float(-np.log(unigram / unigram.sum())[val].mean()),
-        "bigram": float(-np.log(bigram / bigram.sum(1, keepdims=True))[val[:-1], val[1:]].mean()),
+        "unigram": float(-np.log(unigram[val]).mean()),
+        "bigram": float(-np.log(bigram[val[:-1], val[1:]]).mean()),
     }
 
 
