@@ -2111,7 +2111,8 @@ def claim(sentence: str, *values: float | bool, within: float | None = None, cor
 # Okabe and Ito's colour-blind-safe palette; one colour for one thing on every page
 COLORS = {
     "bp": "#0072B2", "fa": "#D55E00", "sign_sym": "#009E73", "dfa": "#CC79A7",
-    "full": "#333333", "diag": "#0072B2", "offdiag": "#D55E00", "cross": "#009E73", "ste": "#CC79A7",
+    "full": "#333333", "diag": "#0072B2", "offdiag": "#D55E00", "cross": "#009E73",
+    "ste": "#CC79A7",
 }
 # the softmax's rules in plain words, as a reader meets them
 RULE_NAMES = {
@@ -2126,7 +2127,7 @@ RULE_NAMES = {
     "ste": "passed straight through",
     "none": "nothing sent back",
 }
-# energies; signed quantities, centred on zero. Nothing has the page's colour, in the dark scheme, too.
+# energies; signed quantities, centred on zero. Nothing has the page's colour, also a dark page's.
 SEQUENTIAL, DIVERGING = "magma_r", "RdBu_r"
 
 
@@ -2204,7 +2205,7 @@ def plot_head_intervals(table: pd.DataFrame, colors: Mapping[str, str],
                         ax: Axes | None = None) -> Axes:
     """A point with its 95 % interval for every head, the heads side by side.
 
-    table: as ``energy_table`` makes it; colors: the columns to draw, each with its key in ``COLORS``.
+    table: as ``energy_table`` makes it; colors: columns to draw, each with its key in ``COLORS``.
     """
     ax = ax or plt.gca()
     positions = np.arange(len(table))
@@ -2240,8 +2241,8 @@ def plot_split(attn: Tensor, grad: Tensor, keys: Iterable[str], ax: Axes | None 
 
 
 def signed_scale(maps: Tensor, linear: float = 0.01) -> SymLogNorm:
-    """A scale for signed values, centred on zero: logarithmic beyond ``linear`` of the largest size."""
-    high = torch.where(maps.isfinite(), maps.abs(), 0).max().item() or 1.0  # zeros have a scale, too
+    """A scale for signed values, centred on zero: logarithmic beyond ``linear`` of the largest."""
+    high = torch.where(maps.isfinite(), maps.abs(), 0).max().item() or 1.0  # zeros have one, too
     return SymLogNorm(linear * high, vmin=-high, vmax=high)
 
 
