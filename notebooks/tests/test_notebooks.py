@@ -38,7 +38,8 @@ UNREAD = [re.compile(pattern, re.MULTILINE | re.DOTALL) for pattern in (
     r"\\begin\{equation\}.*?\\end\{equation\}",
     FORMULA,  # but for those that say a number
     r"^#+ \d+|^\s*\d+\. ",  # the number of a page, of a section, in a list
-    r"(?:[Ss]ections?|[Ee]xercises?|Figures?|Python) \d+(?:\.\d+)?(?: (?:and|to) \d+(?:\.\d+)?)?",
+    r"(?:[Ss]ections?|[Ee]xercises?|Figures?|[Hh]ead|Python) \d+(?:\.\d+)?"
+    r"(?: (?:and|to) \d+(?:\.\d+)?)?",
     r"\[[01]\d\b|(?<![\d.])0\d\b(?!\.)",  # a page
     r"\b(?:19|20)\d\d\b|SHA-256|CC BY[-A-Z]* \d\.\d",  # a year, a hash, a licence
     r"(?:[\d.]+ to )?[\d.]+ (?:minutes?|hours?|seconds?|MB|GB)\b",  # differ between machines
