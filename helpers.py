@@ -1515,14 +1515,8 @@ def claim(sentence: str, *values: float | bool, within: float | None = None,
 
 # Okabe and Ito's colour-blind-safe palette; one colour for one thing on every page
 COLORS = {
-    "bp": "#0072B2",
-    "fa": "#D55E00",
-    "sign_sym": "#009E73",
-    "dfa": "#CC79A7",
-    "full": "#333333",
-    "diag": "#0072B2",
-    "offdiag": "#D55E00",
-    "cross": "#009E73",
+    "bp": "#0072B2", "fa": "#D55E00", "sign_sym": "#009E73", "dfa": "#CC79A7",
+    "full": "#333333", "diag": "#0072B2", "offdiag": "#D55E00", "cross": "#009E73",
     "ste": "#CC79A7",
 }
 # the softmax's rules in plain words, as a reader meets them
@@ -1538,46 +1532,47 @@ RULE_NAMES = {
     "ste": "passed straight through",
     "none": "nothing sent back",
 }
-# energies; signed quantities, centred on zero. Nothing has the page's colour, in the dark scheme, too.
+# energies; signed quantities, centred on zero. Nothing has the page's colour, also a dark page's.
 SEQUENTIAL, DIVERGING = "magma_r", "RdBu_r"
 
 
 def set_style() -> None:
     """The look of every figure and table in the report; called once a notebook."""
     pd.set_option("display.max_rows", None, "display.max_columns", None)
+    # Without a date and with a fixed salt, the same figure is the same bytes.
     inline = InlineBackend.instance()
-    inline.print_figure_kwargs = {"bbox_inches": "tight", "metadata": {"Date": None, "Creator": None}}
+    undated = {"Date": None, "Creator": None}
+    inline.print_figure_kwargs = {"bbox_inches": "tight", "metadata": undated}
     inline.figure_formats = {"svg"}
     sns.set_theme(context="notebook", style="ticks", palette=list(COLORS.values()))
-    plt.rcParams.update(
-        {
-            "figure.figsize": (7, 4),
-            "figure.dpi": 100,
-            "figure.constrained_layout.use": True,
-            "axes.titlelocation": "left",
-            "axes.titlesize": "medium",
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "legend.frameon": False,
-            "svg.hashsalt": "report",  # with no date in it, the same figure is the same bytes
-            "svg.fonttype": "none",  # text stays text: half the bytes of outlines
-            "mathtext.fontset": "stix",  # every machine has a serif face as wide
-        }
-    )
+    plt.rcParams.update({
+        "figure.figsize": (7, 4),
+        "figure.dpi": 100,
+        "figure.constrained_layout.use": True,
+        "axes.titlelocation": "left",
+        "axes.titlesize": "medium",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.frameon": False,
+        "svg.hashsalt": "report",
+        "svg.fonttype": "none",  # text stays text: half the bytes of outlines
+        "mathtext.fontset": "stix",  # every machine has a serif face as wide
+    })
 
 
 def printable(text: str) -> list[str]:
-    """The characters of ``text`` as labels: space and newline visible, what has no shape as Python writes it.
+    """The characters of ``text`` as labels: space and newline visible, what has no shape escaped.
 
     >>> printable("a b\\n\\0\\u200b")
     ['a', '␣', 'b', '⏎', '\\\\x00', '\\\\u200b']
     """
     shapes = {" ": "␣", "\n": "⏎"}
-    return [shapes.get(c, c if c.isprintable() else c.encode("unicode_escape").decode()) for c in text]
+    return [shapes.get(c, c if c.isprintable() else c.encode("unicode_escape").decode())
+            for c in text]
 
 
 def head_names(table: pd.DataFrame) -> list[str]:
-    """How figures and tables name the heads in the rows of ``table``, by their layer and their number in it.
+    """How figures and tables name the heads in the rows of ``table``, by layer and number in it.
 
     >>> head_names(pd.DataFrame({"layer": [0, 1], "head": [3, 0]}))
     ['L0H3', 'L1H0']
@@ -1585,51 +1580,72 @@ def head_names(table: pd.DataFrame) -> list[str]:
     return [f"L{layer}H{head}" for layer, head in zip(table["layer"], table["head"], strict=True)]
 
 
-def plot_head_map(
-    values: Tensor,
-    text: str | None = None,
-    ax: Axes | None = None,
-    norm: Normalize | None = None,
-    cmap: str = SEQUENTIAL,
-) -> Axes:
-    """One (query, key) map (T, T), queries down and keys across; keys that a query may not see stay blank.
+def plot_head_map(values: Tensor, text: str | None = None, ax: Axes | None = None,
+                  norm: Normalize | None = None, cmap: str = SEQUENTIAL) -> Axes:
+    """One (query, key) map (T, T), queries down, keys across; what a query may not see stays blank.
 
-    ``text`` (T characters) labels both axes; without it the axes count positions. Raises ValueError on other shapes.
+    ``text`` (T characters) labels both axes; without it they count positions. Raises ValueError on
+    other shapes.
     """
     ax = ax or plt.gca()
     T = len(values)
     if values.shape != (T, T) or T == 0 or len(text or values) != T:
         labels = "no text" if text is None else f"a text of {len(text)} characters"
-        raise ValueError(f"a map is (T, T) and its text has T characters; here are {tuple(values.shape)} and {labels}")
+        raise ValueError("a map is (T, T) and its text has T characters; "
+                         f"here are {tuple(values.shape)} and {labels}")
     shown = np.ma.masked_where(~np.tri(T, dtype=bool), values.cpu().numpy())
     ax.imshow(shown, cmap=cmap, norm=norm, interpolation="none")
-    ticks, labels = (range(0, T, max(1, T // 4)), None) if text is None else (range(T), printable(text))
-    ax.set_xticks(ticks, labels)
-    ax.set_yticks(ticks, labels)
-    if text is not None:
+    if text is None:
+        ticks, labels = range(0, T, max(1, T // 4)), None
+    else:
+        ticks, labels = range(T), printable(text)
         ax.tick_params(labelsize=9, length=0)
         ax.set(xlabel="key", ylabel="query")
+    ax.set_xticks(ticks, labels)
+    ax.set_yticks(ticks, labels)
+    return ax
+
+
+def plot_head_intervals(table: pd.DataFrame, colors: Mapping[str, str],
+                        ax: Axes | None = None) -> Axes:
+    """A point with its 95 % interval for every head, the heads side by side.
+
+    table: as ``energy_table`` makes it; colors: columns to draw, each with its key in ``COLORS``.
+    """
+    ax = ax or plt.gca()
+    positions = np.arange(len(table))
+    for i, (column, color) in enumerate(colors.items()):
+        shift = 0.18 * (i - (len(colors) - 1) / 2)
+        below = table[column] - table[f"{column}_lo"]
+        above = table[f"{column}_hi"] - table[column]
+        ax.errorbar(positions + shift, table[column], yerr=np.clip([below, above], 0, None),
+                    fmt="os^D"[i], markersize=4, linewidth=1.5, color=COLORS[color], label=column)
+    ax.set_xticks(positions, head_names(table))
+    ax.tick_params(axis="x", labelsize="small")
     return ax
 
 
 def plot_split(attn: Tensor, grad: Tensor, keys: Iterable[str], ax: Axes | None = None) -> Axes:
-    """A row's gradient as a sum, key by key: a bar d from zero, o on from where d ends, and f = d + o from zero.
+    """A row's gradient as a sum, key by key: d from zero, o from where d ends, f = d + o from zero.
 
-    attn, grad: the weights of one query's keys and the errors that arrive at them, (n,) each; keys: n labels.
+    attn, grad: the weights of one query's keys and the errors that arrive at them, (n,) each;
+    keys: n labels.
     """
     ax = ax or plt.gca()
     f, d, o = (part.numpy() for part in split_softmax_gradient(attn, grad))
-    for i, (name, height, bottom) in enumerate((("diag", d, 0), ("offdiag", o, d), ("full", f, 0))):
-        ax.bar(np.arange(len(f)) + 0.27 * (i - 1), height, 0.25, bottom, color=COLORS[name], label="dof"[i])
+    positions = np.arange(len(f))
+    ax.bar(positions - 0.27, d, 0.25, color=COLORS["diag"], label="d")
+    ax.bar(positions, o, 0.25, bottom=d, color=COLORS["offdiag"], label="o")
+    ax.bar(positions + 0.27, f, 0.25, color=COLORS["full"], label="f")
     ax.use_sticky_edges = False  # else no room is left where bars end
     ax.axhline(0, color="0.7", linewidth=0.8)
-    ax.set_xticks(range(len(f)), keys)
+    ax.set_xticks(positions, keys)
     ax.set(xlabel="key", ylabel="gradient at the score")
     ax.legend(ncols=3)
     return ax
 
 
 def signed_scale(maps: Tensor, linear: float = 0.01) -> SymLogNorm:
-    """A scale for signed values, centred on zero: logarithmic beyond the fraction ``linear`` of the largest size."""
-    high = torch.where(maps.isfinite(), maps.abs(), 0).max().item() or 1.0  # maps of zeros have a scale, too
+    """A scale for signed values, centred on zero: logarithmic beyond ``linear`` of the largest."""
+    high = torch.where(maps.isfinite(), maps.abs(), 0).max().item() or 1.0  # zeros have one, too
     return SymLogNorm(linear * high, vmin=-high, vmax=high)
