@@ -62,7 +62,7 @@ def check(number: str, answer: object) -> None:
     except Exception as error:  # an answer so unlike what was asked that the judge stumbles over it
         verdict = f"not right yet. The answer cannot be judged: {describe(error)}."
     verdict = f"Exercise {number}: {verdict}"
-    print(textwrap.fill(verdict, 100, break_long_words=False, break_on_hyphens=False))
+    print(textwrap.fill(verdict, 96, break_long_words=False, break_on_hyphens=False))
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ class Comparison:
     otherwise: str = ""  # to any other wrong answer, where the right one should not be told
 
     def __call__(self, answer: object) -> str:
-        names = inspect.signature(self.right).parameters
-        cases = [dict(zip(names, values, strict=True)) for values in self.cases()]
+        inputs = inspect.signature(self.right).parameters
+        cases = [dict(zip(inputs, values, strict=True)) for values in self.cases()]
         got = [self.read(call(answer, **case) if case else answer) for case in cases]
         for words, slip in self.slips.items():
             if all(self.agree(*both) for both in zip(got, self.said(slip, cases), strict=True)):
@@ -89,9 +89,10 @@ class Comparison:
             where = f" on {listed(case)}" if case else ""
             for part, value, right in zip(self.parts, values, rights, strict=True):
                 if not close(value, right, self.within):
-                    numbers(value, np.shape(right), part + where)
-                    raise Wrong(self.otherwise.format(part=part) or f"Not so: {part}{where} should be "
-                                f"{describe(right)}, and it is {describe(value)}.")
+                    numbers(value, tuple(np.shape(right)), part)
+                    wanted = f"{part}{where} should be {describe(right)}"
+                    difference = f"{wanted}, and it is {describe(value)}"
+                    raise Wrong(self.otherwise.format(part=part) or f"Not so: {difference}.")
         return self.remark
 
     def read(self, answer: object) -> list[np.ndarray]:
@@ -540,7 +541,7 @@ def local_rule(answer: object) -> str:
             " without half of them it sends something else to the rest.")
     require(sent.any(), "It sends nothing.")
     found = np.mean([cosine(tensor(row), exact) for row, exact in zip(sent, f, strict=True)])
-    require(found >= 0.85, f"Its mean cosine with f is {found:.2f} here, and 0.85 is wanted.")
+    require(found >= 0.85, f"Its mean cosine with f is {found:.3f} here, and 0.85 is wanted.")
     return f"Its mean cosine with f is {found:.2f}, where that of the diagonal part is 0.39."
 
 

@@ -13,8 +13,8 @@ def lateral_part(a, g):
     """The sum of a row, less the key's own term, weighed by the key's attention.
 
     >>> check("1.1", lateral_part)
-    Exercise 1.1: right. Its rows do not sum to zero, nor do those of the diagonal part; together they
-    do.
+    Exercise 1.1: right. Its rows do not sum to zero, nor do those of the diagonal part; together
+    they do.
     """
     weighted = a * g
     return -a * (weighted.sum(-1, keepdim=True) - weighted)

@@ -32,8 +32,8 @@ def always_helps(W, B):
     """(dy W) . (dy B) = dy (W B^T) dy^T, positive for every dy where its symmetric part is.
 
     >>> check("2.3", always_helps)
-    Exercise 2.3: right. Lillicrap et al. ask it of the errors that occur. B is fixed: W has to come to
-    meet it.
+    Exercise 2.3: right. Lillicrap et al. ask it of the errors that occur. B is fixed: W has to come
+    to meet it.
     """
     form = W @ B.T
     return bool((torch.linalg.eigvalsh(form + form.T) > 0).all())

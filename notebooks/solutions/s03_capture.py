@@ -1,8 +1,8 @@
 """Solutions of 03, capturing attention and its gradient.
 
 >>> check("3.3", effects)
-Exercise 3.3: right. The last kind is the dangerous one: whoever writes to what was captured should
-copy it.
+Exercise 3.3: right. The last kind is the dangerous one: whoever writes to what was captured
+should copy it.
 """
 
 from exercises import check  # noqa: F401, used in the examples

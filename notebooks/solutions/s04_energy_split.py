@@ -1,8 +1,8 @@
 """Solutions of 04, how much of the gradient is lateral.
 
 >>> check("4.2", low_temperature)
-Exercise 4.2: right. Both d and f vanish, but not their angle: it hangs on two errors, common mode
-included.
+Exercise 4.2: right. Both d and f vanish, but not their angle: it hangs on two errors, common
+mode included.
 """
 
 from exercises import check  # noqa: F401, used in the examples

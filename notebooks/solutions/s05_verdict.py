@@ -1,8 +1,8 @@
 """Solutions of 05, the verdict.
 
 >>> check("5.2", doubtful)
-Exercise 5.2: right. Its harm is 0.12 [-0.20, 0.49]: costly. Five such seeds leave it open whether
-the rule is harmless.
+Exercise 5.2: right. Its harm is 0.12 [-0.20, 0.49]: costly. Five such seeds leave it open
+whether the rule is harmless.
 >>> check("5.4", adding_up)
 Exercise 5.4: right. It was 0.8 at every iteration, and after 100 of them only one rule has gone
 astray.

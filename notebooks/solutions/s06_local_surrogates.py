@@ -1,7 +1,8 @@
 """Solutions of 06, what can take the lateral sum's place.
 
 >>> check("6.1", steps)
-Exercise 6.1: right. The lateral sum differs from row to row: no memory of this kind can follow it.
+Exercise 6.1: right. The lateral sum differs from row to row: no memory of this kind can follow
+it.
 >>> check("6.2", blind)
 Exercise 6.2: right. Blindness is not enough either: only one of them leaves every row's sum at
 zero.
@@ -32,7 +33,7 @@ def distorted_error(a, g):
     """J x = a x - a sum(a x): with a x = g it is what is wanted. So x = g / a, up to a constant.
 
     >>> check("6.4", distorted_error)
-    Exercise 6.4: right. So it has the form J x. But see how large x is at a key that the query hardly
-    looks at.
+    Exercise 6.4: right. So it has the form J x. But see how large x is at a key that the query
+    hardly looks at.
     """
     return g / a
