@@ -380,9 +380,9 @@ SQUARES = (TURNED, [[1, 0], [0, -0.1]], [[1, 10], [0, 1]], [[1, 5], [-5, 1]])
 @exercise("2.3", "hard", minutes=25)
 @compared(cases=lambda: [(normal(2, 3), normal(2, 3)), (normal(2, 3), -normal(2, 3)),
                          *((tensor(np.eye(2)), tensor(B)) for B in SQUARES)], slips={
-    "This tells of dy on average. For W = [[1, 0], [0, 1]] and B = [[1, 0], [0, -0.1]] try (0, 1).":
+    "This tells of dy on average. For W = eye(2) and B = [[1, 0], [0, -0.1]] try dy = (0, 1).":
         lambda W, B: (W * B).sum() > 0,
-    "Eigenvalues of M do not tell. For W = [[1, 0], [0, 1]] and B = [[1, 10], [0, 1]] try (-1, 1).":
+    "Eigenvalues of M do not tell. For W = eye(2) and B = [[1, 10], [0, 1]] try dy = (-1, 1).":
         lambda W, B: (torch.linalg.eigvals(W @ B.T).real > 0).all(),
     "B need not be W: it may turn every error by 60 degrees, and still help.":
         lambda W, B: (W == B).all(),
