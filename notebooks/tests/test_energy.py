@@ -3,16 +3,22 @@
 import itertools
 import math
 from fractions import Fraction
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import helpers
-from helpers import HeadSums, energy_table, head_energy, head_sums, split_softmax_gradient
+from helpers import (
+    HeadSums, capture_attention, energy_table, get_batch, head_energy, head_sums, load_corpus,
+    split_softmax_gradient, train,
+)
+from model_local import LocalGPTConfig
 
 FIGURES = ["r_diag", "r_offdiag", "r_cross", "one_minus_r_diag", "cos_diag", "cos_ste"]
 seeds = st.integers(0, 2**32 - 1)
@@ -441,3 +447,73 @@ def test_the_fast_logarithm_is_right_to_thirteen_digits():
     fast, exact = np.array([helpers._log(value) for value in x]), np.log(x)
     assert np.abs(fast - exact).max() <= 1e-13 * np.abs(exact).max()
     assert np.abs(fast[2001:] - exact[2001:]).max() < 1e-13
+
+
+# --- frozen numbers -----------------------------------------------------------------------------
+# `python notebooks/tests/test_energy.py` writes them anew: only where a number is meant to change.
+
+FROZEN = Path(__file__).parent / "frozen" / "energies.csv"
+TRAINED = 1e-2
+
+
+def seeded_tables():
+    """``head_energy`` of seeded maps of several shapes, masks and types, one case a name."""
+    quiet = torch.tensor([1.0, 0.0, 3.0])[:, None, None, None]  # the second sequence has no gradient
+    holes = causal(9) & (torch.arange(81).view(9, 9) % 4 > 0) | torch.eye(9, dtype=torch.bool)
+    wide = torch.ones(4, 11, dtype=torch.bool).tril(7)
+    padded = causal(6).repeat(3, 1, 1, 1)
+    padded[0, :, :2] = padded[0, ..., :2] = False
+    cases = {
+        "causal": random_maps(4, 3, 16),
+        "sharp": random_maps(4, 2, 33, seed=1, sharpness=6),
+        "common mode": random_maps(5, 2, 12, seed=2, common=4),
+        "one sequence": random_maps(1, 2, 8, seed=3),
+        "no gradient": [m * factor for m, factor in zip(random_maps(3, 2, 8, seed=4), (1, quiet))],
+        "small": [m * factor for m, factor in zip(random_maps(4, 2, 10, seed=5), (1, 1e-9))],
+        "holes": [*random_maps(4, 2, 9, seed=6, visible=holes), holes],
+        "padded": [*(m.nan_to_num(0) for m in random_maps(3, 2, 6, 7, visible=padded)), padded],
+        "wide": [m[:, :, -4:] for m in random_maps(4, 2, 11, seed=8)] + [wide],
+    }
+    tables = {name: head_energy(*maps) for name, maps in cases.items()}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        maps = [m.to(dtype) for m in random_maps(4, 2, 16, seed=9, sharpness=1)]
+        tables[f"{dtype}"] = head_energy(*maps)
+    constant = torch.full((2, 2, 8, 8), 0.3)
+    tables["constant"] = head_energy(random_maps(2, 2, 8, seed=10)[0].float(), constant)
+    return pd.concat(tables, names=["case"]).reset_index(0).reset_index(drop=True)
+
+
+def trained_tables():
+    """``energy_table`` of the two models of notebook 04 after 50 iterations."""
+    corpus, tables = load_corpus("shakespeare_char"), {}
+    x, y = get_batch(corpus.val, 64, 16, torch.Generator().manual_seed(1337))
+    for method in ("fa", "bp"):
+        config = LocalGPTConfig(vocab_size=corpus.vocab_size, method=method)
+        run = train(config, 50, seed=1337, data=corpus, directory=None, progress=False)
+        with capture_attention(run.model) as layers:
+            run.model(x, y)[1].backward()
+        tables[method] = energy_table(layers, n_boot=200)
+    return pd.concat(tables, names=["case"]).reset_index(0).reset_index(drop=True)
+
+
+def frozen(cases):
+    table = pd.read_csv(FROZEN)
+    return table[table["case"].isin(cases)].reset_index(drop=True)
+
+
+def test_the_energies_of_seeded_maps_are_the_frozen_ones():
+    found = seeded_tables()
+    expected = frozen(found["case"].unique()).drop(columns="layer")
+    # sums in float64 may add up in another order; those of half precision are of the same numbers
+    pd.testing.assert_frame_equal(found, expected, rtol=1e-7, atol=1e-10)
+
+
+def test_the_energies_of_trained_models_are_the_frozen_ones():
+    found = trained_tables()
+    expected = frozen(["fa", "bp"])[found.columns]
+    pd.testing.assert_frame_equal(found, expected, rtol=TRAINED, atol=TRAINED)
+
+
+if __name__ == "__main__":
+    FROZEN.parent.mkdir(exist_ok=True)
+    pd.concat([seeded_tables(), trained_tables()]).to_csv(FROZEN, index=False)
