@@ -1231,9 +1231,9 @@ class SoftmaxGradient(NamedTuple):
 def split_softmax_gradient(attn: Tensor, grad: Tensor) -> SoftmaxGradient:
     """Split ``f = J g``, ``J = diag(a) - a a^T``, into what a key knows and what it must be told.
 
-    These are ``d = a (1 - a) g`` and ``o_i = -a_i sum_{j != i} a_j g_j``. attn: attention weights (..., T_q, T_k), rows
-    over the last axis; grad: dL/dA of the same shape. Each part is computed from its own formula
-    and none by subtraction, so that their sum is a check.
+    These are ``d = a (1 - a) g`` and ``o_i = -a_i sum_{j != i} a_j g_j``. attn: weights
+    (..., T_q, T_k), rows over the last axis; grad: dL/dA of the same shape. Each part is computed
+    from its own formula and none by subtraction, so that their sum is a check.
 
     >>> parts = split_softmax_gradient(torch.tensor([[0.5, 0.5]]), torch.tensor([[1.0, -1.0]]))
     >>> parts.full, parts.diag, parts.offdiag
