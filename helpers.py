@@ -901,8 +901,9 @@ class _Watched(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        ctx.arrived(grad.detach(), *ctx.saved_tensors)
-        return grad, *[None] * (1 + len(ctx.saved_tensors))
+        seen = ctx.saved_tensors  # read once: a checkpoint may recompute them for it
+        ctx.arrived(grad.detach(), *seen)
+        return grad, None, *(None for _ in seen)
 
 
 class _Softmaxes(TorchFunctionMode):
@@ -1345,9 +1346,11 @@ def _map_sums(attn, grad, visible):
                 entropy -= a_j * _log(max(a_j, 1e-300))
             sums[b, h, :6] += np.array((ff, dd, df, ee, gg, gf))
             if n_seen > 1:  # a query with a single key has a = 1 and J = 0: it carries nothing
-                largest = np.int64(top).view(np.float64) / row
-                sums[b, h, 6:9] += np.array((entropy / np.log(n_seen), largest, 1.0))
-            sums[b, h, 9:] += np.array((min(n_seen, 1), n_seen))
+                sums[b, h, 6] += entropy / np.log(n_seen)
+                sums[b, h, 7] += np.int64(top).view(np.float64) / row
+                sums[b, h, 8] += 1
+            sums[b, h, 9] += min(n_seen, 1)
+            sums[b, h, 10] += n_seen
     return sums, off, hidden
 
 

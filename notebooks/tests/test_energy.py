@@ -595,7 +595,7 @@ def seeded_tables():
     def scaled(maps, factor):
         return maps[0], maps[1] * factor
 
-    quiet = torch.tensor([1.0, 0.0, 3.0])[:, None, None, None]  # the second sequence has no gradient
+    quiet = torch.tensor([1.0, 0.0, 3.0])[:, None, None, None]  # no gradient in the second sequence
     holes = causal(9) & (torch.arange(81).view(9, 9) % 4 > 0) | torch.eye(9, dtype=torch.bool)
     wide = torch.ones(4, 11, dtype=torch.bool).tril(7)
     padded = causal(6).repeat(3, 1, 1, 1)
