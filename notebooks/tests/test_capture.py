@@ -14,8 +14,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from helpers import (
-    capture_attention, capture_batch, energy_table, head_energy, softmax_rule,
-    split_softmax_gradient)
+    capture_attention,
+    capture_batch,
+    energy_table,
+    head_energy,
+    softmax_rule,
+    split_softmax_gradient,
+)
 from model_local import SOFTMAX_BACKWARD, LocalGPT, LocalGPTConfig, attention_weights
 
 B, H, T, D = 2, 4, 6, 8
@@ -448,13 +453,13 @@ def test_a_loss_that_only_some_layers_take_part_in_names_the_first_that_does_not
 
 def test_a_model_without_attention_is_refused():
     linear = nn.Linear(16, 16)
-    with pytest.raises(RuntimeError, match=r"Linear: no attention .*: no module was called"):
-        with capture_attention(linear):
-            pass
+    unused = r"Linear: no attention .*: no module was called"
+    with pytest.raises(RuntimeError, match=unused), capture_attention(linear):
+        pass
     softmax = nn.Sequential(linear, nn.Softmax(-1))  # over channels
-    with pytest.raises(RuntimeError, match="softmaxes was called on scores .* matches 'x'"):
-        with capture_attention(softmax, only="x"):
-            softmax(X.float()).sum().backward()
+    unseen = r"softmaxes was called on scores .* matches 'x'"
+    with pytest.raises(RuntimeError, match=unseen), capture_attention(softmax, only="x"):
+        softmax(X.float()).sum().backward()
     assert_as_it_was(softmax)
 
 
@@ -462,10 +467,10 @@ def test_a_model_without_attention_is_refused():
 def test_a_compiled_model_is_refused_also_if_only_in_part(watch):
     compiled = make_model()
     compiled.blocks[1].compile(backend="eager")
+    reason = r"is compiled, .* before torch\.compile"
     for model in (compiled, torch.compile(make_model(), backend="eager")):
-        with pytest.raises(ValueError, match=r"is compiled, .* before torch\.compile"):
-            with watch(model):
-                pass
+        with pytest.raises(ValueError, match=reason), watch(model):
+            pass
         assert_as_it_was(model)
 
 
