@@ -207,7 +207,7 @@ def symptoms(model: LocalGPT, x: Tensor, y: Tensor) -> dict[tuple[str, str], flo
         for name, part, dim in sums:
             values[name].append((part.sum(dim).abs().sum() / part.abs().sum()).item())
 
-    # At the weights: beside a model that differs in the softmax's backward pass alone.
+    # At the weights: beside a model whose softmax, norms and caps have their exact pass.
     exact_config = dataclasses.replace(model.config.exact, method=model.config.method)
     exact_model = twin(model, **dataclasses.asdict(exact_config))
     cosines = gradient_cosines(model, exact_model, x, y)
@@ -276,15 +276,11 @@ def check_runs(runs: pd.DataFrame) -> pd.DataFrame:
 
     loss, failed = runs["val_loss"], runs["status"].str.startswith("failed")
     ok, diverged = runs["status"] == "ok", runs["status"] == "diverged"
+    fits = (ok & np.isfinite(loss)) | (diverged & np.isposinf(loss)) | (failed & loss.isna())
     usual = runs.groupby("task")["data"].transform(lambda data: data.mode().iloc[0])
-    faults = {
-        "is there twice": runs.duplicated([*KEY, "experiment"]),
-        "is of other data than the other runs of its task": runs["data"] != usual,
-        "is neither ok nor diverged nor failed": ~(ok | diverged | failed),
-        "is ok and has no finite loss": ok & ~np.isfinite(loss),
-        "is diverged and has a loss": diverged & ~np.isposinf(loss),
-        "failed and has a loss": failed & loss.notna(),
-    }
+    faults = {"is there twice": runs.duplicated([*KEY, "experiment"]),
+              "is of other data than the other runs of its task": runs["data"] != usual,
+              "has a status and a loss that cannot be": ~fits}
     for fault, wrong in faults.items():
         if wrong.any():
             run = runs[wrong].iloc[0][[*KEY]].to_dict()
@@ -370,10 +366,11 @@ class Judged(NamedTuple):
 
     def losses(self) -> list[pd.Series] | None:
         """Losses of rule, ``full`` and ``none`` on the seeds that all have; None without two."""
-        parts = self.runs, self.full, self.none
-        seeds = parts[0].index.intersection(parts[1].index).intersection(parts[2].index)
-        losses = [part["val_loss"][seeds] for part in parts]
-        return None if len(seeds) < 2 or pd.concat(losses).isna().any() else losses
+        parts = [part["val_loss"] for part in (self.runs, self.full, self.none)]
+        losses = pd.concat(parts, axis=1, join="inner", keys=["rule", "full", "none"])
+        if len(losses) < 2 or losses.isna().any(axis=None):
+            return None
+        return [losses[name] for name in losses]
 
     @property
     def solved(self) -> tuple[int, int, int, int]:
@@ -398,11 +395,12 @@ def judged(runs: pd.DataFrame, at: str = "own") -> Iterator[Judged]:
                          "choose 'own', 'full' or 'rule'")
     for values, part in check_runs(runs).groupby(GROUP, sort=False):
         group = dict(zip(GROUP, values, strict=True))
-        # Norms that differ only backwards share the control.
-        control = shared_control(group["qk_norm"])
-        if control != group["qk_norm"]:
-            shared = group | {"qk_norm": control, "rule": "none"}
-            part = pd.concat([part, runs[(runs[[*shared]] == pd.Series(shared)).all(axis=1)]])
+        # Norms and caps that differ only backwards share the control.
+        control = group | {"qk_norm": shared_control(group["qk_norm"]), "cap_backward": "exact"}
+        if control != group:
+            shared = (runs[[*control, "rule"]] == pd.Series(control | {"rule": "none"})).all(axis=1)
+            part = pd.concat([part, runs[shared]])
+            part = part.drop_duplicates([*RULE, "feedback_scale", "lr", "seed", "experiment"])
         tuning, tests = part[part["seed"].isin(TUNING_SEEDS)], part[part["seed"].isin(TEST_SEEDS)]
 
         # The feedback scale is the choice of the exact pass, the rate that of each rule.
@@ -416,14 +414,13 @@ def judged(runs: pd.DataFrame, at: str = "own") -> Iterator[Judged]:
         best = {rule: best_settings(tried[rule]).lr for rule in tried}
 
         for rule in rules.itertuples(index=False, name=None):
-            whose = {"own": (rule, FULL, NONE), "full": (FULL,) * 3, "rule": (rule,) * 3}[at]
-            rates = [best.get(name, math.nan) for name in whose]
-            beside = []
-            for name, lr in zip((rule, FULL, NONE), rates, strict=True):
-                found = tested.get((*name, lr), tests.iloc[:0])
-                beside.append(found.set_index("seed").sort_index())
+            compared = rule, FULL, NONE
+            at_rate_of = {"own": compared, "full": (FULL,) * 3, "rule": (rule,) * 3}[at]
+            rates = [best.get(name, math.nan) for name in at_rate_of]
+            found = [tested.get((*name, lr), tests.iloc[:0]).set_index("seed").sort_index()
+                     for name, lr in zip(compared, rates, strict=True)]
             lrs = tried[rule]["lr"] if rule in tried else tuning["lr"].iloc[:0]
-            yield Judged(group, rule, scale, rates[0], lrs, *beside)
+            yield Judged(group, rule, scale, rates[0], lrs, *found)
 
 
 def harm_table(runs: pd.DataFrame, at: str = "own") -> pd.DataFrame:
@@ -590,12 +587,11 @@ def plot_harm(table: pd.DataFrame) -> np.ndarray:
     axes = axes[:, 0]
     # not by colour alone
     markers = {"tolerable": "o", "costly": "s", "catastrophic": "X", "undetermined": "D"}
+    words = {"fontsize": "small", "va": "center", "textcoords": "offset points"}
     for ax, (values, part) in zip(axes, groups, strict=True):
-        group = dict(zip(GROUP, values, strict=True))
         part = part.sort_values("harm", ascending=False)
         for position, row in enumerate(part.itertuples()):
             color = VERDICT_COLORS[row.verdict]
-            words = {"fontsize": "small", "va": "center", "textcoords": "offset points"}
             if math.isinf(row.harm):  # a seed diverged: at the edge, beyond every scale
                 edge = ax.get_yaxis_transform()
                 ax.plot(1, position, ">", transform=edge, clip_on=False, color=color)
@@ -611,7 +607,8 @@ def plot_harm(table: pd.DataFrame) -> np.ndarray:
         ax.axvline(0, color="0.8", linewidth=1, zorder=0)
         ax.set_yticks(range(len(part)), part["rule"])
         ax.set_ylim(-0.6, len(part) - 0.4)
-        ax.set_title(group_title(group), fontsize="small")
+        title = group_title(dict(zip(GROUP, values, strict=True)))
+        ax.set_title(title, fontsize="small")
         ax.margins(x=0.2)  # for the words
     axes[-1].set_xlabel("harm (0: full, 1: Q and K never trained)")
     return axes

@@ -78,7 +78,6 @@ def test_the_exact_config_has_the_same_forward_pass_and_the_chain_rule(arm):
         other = LocalGPT(exact).eval()
         other.load_state_dict(model.state_dict(), strict=False)
         torch.testing.assert_close(model(batch()[0])[0], other(batch()[0])[0])
-    assert replace(CONFIG, attn_mode="sigmoid", softmax_backward="none").exact.attn_mode == "sigmoid"
 
 
 # ---- initial weights -----------------------------------------------------------------------------
@@ -113,6 +112,10 @@ def test_weights_and_feedback_start_as_stated(start):
         assert abs(linear.feedback.std().item() / (2.5 * INIT_STD) - 1) < tolerance, name
         pair = torch.stack([linear.weight.detach().flatten(), linear.feedback.flatten()])
         assert abs(torch.corrcoef(pair)[0, 1].item()) < tolerance, name
+    direct = LocalGPT(replace(config, method="dfa")).direct_feedback
+    assert direct.std().item() == pytest.approx(2.5 * INIT_STD, rel=0.01)
+    alike = torch.corrcoef(direct.flatten(1)) - torch.eye(4)
+    assert alike.abs().max() < 0.05, "a map of its own for each block"
 
 
 def test_a_seed_gives_the_same_weights_under_every_rule_and_start():
@@ -128,19 +131,6 @@ def test_a_seed_gives_the_same_weights_under_every_rule_and_start():
             factor = 12**-0.5 / INIT_STD if lecun else 1
             torch.testing.assert_close(parameter, factor * expected[name], msg=f"{changes} {name}")
     assert not torch.equal(make_model(seed=1).lm_head.weight, expected["lm_head.weight"])
-
-
-def test_feedback_scale_is_a_factor_on_what_the_error_travels_through():
-    for method, name in (("fa", "feedback"), ("dfa", "direct_feedback")):
-        one, three = (dict(make_model(method=method, feedback_scale=scale).named_buffers())
-                      for scale in (1, 3))
-        found = [key for key in one if key.endswith(name)]
-        assert len(found) == {"fa": 3 * 6 + 1, "dfa": 1}[method]
-        for key in found:
-            assert one[key].any()
-            torch.testing.assert_close(3 * one[key], three[key])
-    direct = make_model(method="dfa").direct_feedback
-    assert abs(torch.corrcoef(direct.flatten(1)).fill_diagonal_(0)).max() < 0.5, "one a block"
 
 
 # ---- the linear maps and the whole network -------------------------------------------------------
@@ -249,46 +239,10 @@ def test_a_cap_bounds_what_is_seen_and_masks_the_rest_as_before(backward):
     assert torch.isneginf(capped[..., ~CAUSAL]).all()
 
 
-def test_a_cap_s_derivative_fades_or_is_cut():
-    for backward in ("exact", "cut"):
-        cap = make_model(score_cap=2.0, cap_backward=backward).blocks[0].attn.score_cap
-        s = torch.linspace(-5, 5, 11, dtype=torch.float64, requires_grad=True)
-        torch.testing.assert_close(cap(s), 2 * torch.tanh(s / 2))
-        (slope,) = torch.autograd.grad(cap(s).sum(), s)
-        fades = 1 - torch.tanh(s.detach() / 2) ** 2
-        torch.testing.assert_close(slope, fades if backward == "exact" else torch.ones_like(fades))
-
-
-@pytest.mark.parametrize("arm", QK_NORM)
-def test_a_score_scale_is_a_factor_on_the_scores(arm):
-    (one, *_), (other, *_) = (scores_of(make_model(qk_norm=arm, score_scale=s)) for s in (1, 2.5))
-    torch.testing.assert_close(other[..., CAUSAL], 2.5 * one[..., CAUSAL])
-
-
-def test_what_does_not_learn_is_saved_and_stays():
-    for method, name in (("fa", "blocks.2.mlp.up_proj.feedback"), ("dfa", "direct_feedback")):
-        model, (x, y) = make_model(method=method), batch()
-        before = model.state_dict()[name].clone()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-        model(x, y)[1].backward()
-        optimizer.step()
-        assert torch.equal(model.state_dict()[name], before) and before.any()
-
-
 def test_where_no_error_arrives_no_gradient_arises():
     model, (x, y) = make_model(method="fa", softmax_backward="none"), batch()
     for name, grad in gradients(model(x, y)[1], model).items():
         assert (grad is None) == name.endswith(("q_proj.weight", "k_proj.weight")), name
-
-
-def test_a_frozen_weight_lets_the_error_through():
-    model, (x, y) = make_model(method="fa"), batch()
-    expected = gradients(model(x, y)[1], model)["token_embedding.weight"]
-    for linear in model.modules():
-        if isinstance(linear, nn.Linear):
-            linear.weight.requires_grad_(False)
-    grad = torch.autograd.grad(model(x, y)[1], model.token_embedding.weight)[0]
-    torch.testing.assert_close(grad, expected)
 
 
 # ---- the softmax rules ---------------------------------------------------------------------------
@@ -429,15 +383,12 @@ def test_no_query_sees_a_later_key(changes):
 # ---- what else runs through a backward pass ------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:Using backward.* with create_graph=True")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("rule", RULES)
 def test_nothing_can_be_differentiated_twice(method, rule):
     model, (x, y) = make_model(method=method, softmax_backward=rule), batch()
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(model(x, y)[1], model.blocks[0].attn.v_proj.weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        model(x, y)[1].backward(create_graph=True)
 
 
 @pytest.mark.parametrize("method", METHODS)
