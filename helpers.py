@@ -330,7 +330,7 @@ def _check_run(config, steps, lr, batch_size, seed, data, eval_every, measure, d
             raise TypeError(f"{name}={function!r} is no function: write {name}={name}s_function")
     if config.vocab_size != data.vocab_size:
         raise ValueError(f"config.vocab_size={config.vocab_size} and the data have "
-                         f"{data.vocab_size}: write LocalGPTConfig(vocab_size=data.vocab_size, ...)")
+                         f"{data.vocab_size}: write vocab_size=data.vocab_size")
     for name, number in (("steps", steps), ("batch_size", batch_size), ("eval_every", eval_every)):
         if isinstance(number, bool) or not isinstance(number, Integral) or number < 1:
             raise ValueError(f"{name}={number!r} is not a whole number from 1 up")
@@ -341,7 +341,8 @@ def _check_run(config, steps, lr, batch_size, seed, data, eval_every, measure, d
     try:
         return str(torch.device(device))
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device={device!r} is unknown to PyTorch: write 'cpu' or 'cuda'") from error
+        raise ValueError(f"device={device!r} is unknown to PyTorch: "
+                         "write 'cpu' or 'cuda'") from error
 
 
 def _run_settings(config, steps, lr, batch_size, seed, data, eval_every, measure, device,
@@ -349,8 +350,8 @@ def _run_settings(config, steps, lr, batch_size, seed, data, eval_every, measure
     """All that determines a run, in words: the arguments, the data, PyTorch and the code.
 
     The code is that of the model, the training loop, the data, the rule, the measure and the
-    optimizer, without comments and docstrings. What these call elsewhere is not followed: delete
-    the run where that has changed.
+    optimizer, without comments and docstrings. What these call elsewhere, or hold in a closure, is
+    not followed: delete the run where that has changed.
     """
     rule = SOFTMAX_BACKWARD[config.softmax_backward]
     code = [_source(part) for part in (model_local, _training, evaluate, get_batch, type(data),
@@ -360,12 +361,13 @@ def _run_settings(config, steps, lr, batch_size, seed, data, eval_every, measure
 
 
 def _source(part) -> str:
-    """The code of a module, a class, a function or an instance, without comments and docstrings."""
-    given = ""
+    """Code without comments and docstrings; of an instance that of its class, and its values."""
     if isinstance(part, functools.partial):
-        part, given = part.func, repr((part.args, part.keywords))
+        return "\n".join([_source(part.func), repr(part.args), repr(part.keywords)])
     if not (inspect.ismodule(part) or inspect.isclass(part) or inspect.isroutine(part)):
-        part = type(part)
+        values = getattr(part, "__dict__", {}).values()
+        held = [_source(value) if callable(value) else repr(value) for value in values]
+        return "\n".join([_source(type(part)), *held])
     try:
         source = textwrap.dedent(inspect.getsource(part))
     except (OSError, TypeError) as error:
@@ -379,7 +381,7 @@ def _source(part) -> str:
         has_docstring = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
         if has_docstring and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
-    return ast.unparse(tree) + given
+    return ast.unparse(tree)
 
 
 def _training(config, steps, lr, batch_size, seed, data, eval_every, measure, device, optimizer,
@@ -395,7 +397,8 @@ def _training(config, steps, lr, batch_size, seed, data, eval_every, measure, de
 
     def record(step: int, metrics: dict[str, float]) -> None:
         values = {(metric, ""): value for metric, value in (metrics | data.score(model)).items()}
-        measured = measure(twin(model).eval(), *probe)  # of a copy: to measure changes nothing
+        with torch.random.fork_rng(devices=[]):  # to measure changes nothing
+            measured = measure(twin(model).eval(), *probe)
         try:  # plain numbers, which the safe loader reads
             for (metric, part), value in measured.items():
                 values[str(metric), str(part)] = float(value)
@@ -432,11 +435,16 @@ def _training(config, steps, lr, batch_size, seed, data, eval_every, measure, de
 
 
 @torch.no_grad()
-def evaluate(model: LocalGPT, tokens: np.ndarray, n_windows: int = 512, batch_size: int = 64) -> float:
-    """Mean cross-entropy in nats per token over ``n_windows`` evenly spaced windows: the same ones at every call."""
+def evaluate(model: LocalGPT, tokens: np.ndarray, n_windows: int = 512,
+             batch_size: int = 64) -> float:
+    """Mean cross-entropy in nats per token over ``n_windows`` evenly spaced windows.
+
+    They are the same ones at every call. Raises ValueError where ``tokens`` are too few for one.
+    """
     T, device = model.config.block_size, next(model.parameters()).device
     if len(tokens) <= T:
-        raise ValueError(f"the validation part has {len(tokens)} tokens: too few for block_size={T}")
+        raise ValueError(f"the validation part has {len(tokens)} tokens: "
+                         f"too few for block_size={T}")
     starts = np.unique(np.linspace(0, len(tokens) - T - 1, n_windows).astype(np.int64))[:, None]
     was_training = model.training
     model.eval()
@@ -448,7 +456,7 @@ def evaluate(model: LocalGPT, tokens: np.ndarray, n_windows: int = 512, batch_si
 
 
 def twin(model: LocalGPT, **changes) -> LocalGPT:
-    """The same weights (and feedback matrices, where both have them) under changed settings, e.g. ``method="bp"``."""
+    """The same weights under changed settings, e.g. ``method="bp"``; so for feedback and memory."""
     with torch.random.fork_rng(devices=[]):
         other = LocalGPT(dataclasses.replace(model.config, **changes))
     other.load_state_dict(model.state_dict(), strict=False)
@@ -456,13 +464,14 @@ def twin(model: LocalGPT, **changes) -> LocalGPT:
 
 
 def gradients(model: LocalGPT, x: Tensor, y: Tensor) -> dict[str, Tensor | None]:
-    """The gradient of the loss on (x, y) by parameter name (None where none arrives); ``.grad`` stays as it was."""
+    """The gradient of the loss on (x, y), by parameter (None: none arrives); ``.grad`` stays."""
     parameters = dict(model.named_parameters())
     grads = torch.autograd.grad(model(x, y)[1], list(parameters.values()), allow_unused=True)
     return dict(zip(parameters, grads, strict=True))
 
 
-def gradient_cosines(model: LocalGPT, reference: LocalGPT, x: Tensor, y: Tensor) -> dict[str, float]:
+def gradient_cosines(model: LocalGPT, reference: LocalGPT, x: Tensor,
+                     y: Tensor) -> dict[str, float]:
     """Cosine in [-1, 1] between the gradients of two models on one batch, by parameter.
 
     Parameters that either model leaves without a gradient, or with one that is zero, are left out.
@@ -477,7 +486,7 @@ def gradient_cosines(model: LocalGPT, reference: LocalGPT, x: Tensor, y: Tensor)
 
 
 def save_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let ``write(file)`` fill a neighbour of ``path``, then rename it: all of it is seen, or none."""
+    """Let ``write(file)`` fill a neighbour of ``path``, then rename it: all is seen, or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     try:

@@ -1,15 +1,9 @@
 """LocalGPT: a small GPT whose backward pass can be made local, one piece at a time.
 
-Two choices decide how an error travels backwards:
-
-* ``method``: how every linear map ``y = x W^T`` sends its error back to ``x``
-  (``bp``, ``fa``, ``sign_sym``, ``dfa``);
-* ``softmax_backward``: how the softmax of attention sends its error back to the scores
-  (``full``, ``diagonal``, ...).
-
-Four more change attention itself, so that what they do for a local rule can be told apart: how
-queries and keys start (``qk_start``), whether they are normalised (``qk_norm``), a factor on the
-scores (``score_scale``) and a bound on them (``score_cap``).
+Two choices decide how an error travels backwards: by ``method`` every linear map ``y = x W^T``
+sends it back to ``x``, by ``softmax_backward`` the softmax of attention to its scores. Four more
+change attention itself: how queries and keys start (``qk_start``), whether they are normalised
+(``qk_norm``), a factor on the scores (``score_scale``) and a bound on them (``score_cap``).
 
 The rest is a pre-LayerNorm GPT as in nanoGPT, without biases and with an output layer of its own
 (tying it to the embedding would be weight transport by another name). The file reads from top to
@@ -35,7 +29,6 @@ Gemma team 2024, "Gemma 2": ``score_cap``
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -57,10 +50,7 @@ INIT_STD = 0.02  # GPT-2's; weights and feedback matrices start at the same scal
 class LocalGPTConfig:
     """Everything that determines the model; the defaults are the seed configuration of the report.
 
-    >>> LocalGPTConfig(n_embd=130)
-    Traceback (most recent call last):
-        ...
-    ValueError: n_embd=130 is not divisible by n_head=4: every head takes an equal share
+    A setting that cannot be raises ValueError, which names it and says what could be.
     """
 
     block_size: int = 64  # longest sequence, in tokens
@@ -87,13 +77,12 @@ class LocalGPTConfig:
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: "
                              "every head takes an equal share")
-        for name in ("dropout", "feedback_scale", "score_scale", "score_cap"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Real):
-                raise ValueError(f"{name}={value!r} is not a number")
-            if name == "dropout" and not 0 <= value < 1:
-                raise ValueError(f"{name}={value!r} is not a probability in [0, 1)")
-            if name != "dropout" and not 0 < value <= (math.inf if name == "score_cap" else 1e30):
+        p = self.dropout
+        if isinstance(p, bool) or not isinstance(p, Real) or not 0 <= p < 1:
+            raise ValueError(f"dropout={p!r} is not a probability in [0, 1)")
+        for name in ("feedback_scale", "score_scale", "score_cap"):
+            value, most = getattr(self, name), math.inf if name == "score_cap" else 1e30
+            if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= most:
                 raise ValueError(f"{name}={value!r} is not a positive number")
         for name, known in REGISTRIES.items():
             if getattr(self, name) not in list(known):  # a list: unhashable values are unknown, too
@@ -118,10 +107,7 @@ class LocalGPTConfig:
 
 
 def _refuse_second_derivative() -> None:
-    """The first line of every backward pass below: a rule is no derivative, so it has none itself.
-
-    ``once_differentiable`` is not enough: ``torch.autograd.grad`` passes its error by, in silence.
-    """
+    """A rule is no derivative, so it has none. (``once_differentiable`` passes ``grad`` by.)"""
     if torch.is_grad_enabled():  # in a backward pass: only under create_graph=True
         raise RuntimeError("create_graph=True: a learning rule cannot be differentiated, "
                            "there is no second derivative")
@@ -134,23 +120,16 @@ class BackpropLinear(nn.Linear):
         super().__init__(n_in, n_out, bias=False)
         self.feedback_std = feedback_std
 
-    def reset_feedback(self) -> None:
-        """Draw what the backward pass uses instead of ``W``; backpropagation uses ``W`` itself."""
-
 
 class FeedbackAlignmentLinear(BackpropLinear):
     """Feedback alignment (Lillicrap et al. 2016), ``grad_x = grad_y B``.
 
-    ``B``, shaped as ``W``, is a buffer: drawn once, independently of ``W``, never trained, saved
-    with the model.
+    ``B`` is a buffer: drawn once by LocalGPT, independently of ``W``, never trained, saved with it.
     """
 
     def __init__(self, n_in: int, n_out: int, feedback_std: float = INIT_STD) -> None:
         super().__init__(n_in, n_out, feedback_std)
         self.register_buffer("feedback", torch.zeros(n_out, n_in))
-
-    def reset_feedback(self) -> None:
-        self.feedback.normal_(0.0, self.feedback_std)
 
     def forward(self, x: Tensor) -> Tensor:
         return _FeedbackLinear.apply(x, self.weight, self.feedback)
@@ -180,20 +159,17 @@ class _FeedbackLinear(torch.autograd.Function):
             return None, None, None
         grad_y = grad_y.contiguous()  # else each of the two products makes its own copy
         x, feedback = (saved.to(grad_y.dtype) for saved in ctx.saved_tensors)  # autocast
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad_y @ feedback
-        if ctx.needs_input_grad[1]:
-            grad_weight = grad_y.flatten(0, -2).T @ x.flatten(0, -2)
+        for_x, for_weight, _ = ctx.needs_input_grad
+        grad_x = grad_y @ feedback if for_x else None
+        grad_weight = grad_y.flatten(0, -2).T @ x.flatten(0, -2) if for_weight else None
         return grad_x, grad_weight, None
 
 
 class _DirectFeedback(torch.autograd.Function):
     """Direct feedback alignment: the output error reaches each block at once, ``grad_x_l = e B_l``.
 
-    Forwards it hands ``logits`` (B, T, V) through. ``taps`` are the block outputs (B, T, C), cut
-    off from what follows them, so that the graph is a star with the error ``e = dL/dlogits`` at its
-    centre. feedback: (L, V, C).
+    Forwards it hands ``logits`` (B, T, V) through. ``taps`` are what enters each block and leaves
+    the last (B, T, C), cut off from what follows. feedback: (n_layer + 1, V, C).
     """
 
     @staticmethod
@@ -218,11 +194,9 @@ METHODS: dict[str, type[BackpropLinear]] = {
 # --------------------------------------------------------------------------------------------------
 # Softmax: how a = softmax(s) sends its error g = dL/da back to s. A rule takes a and g (B, H, T, T)
 # and the boolean map of visible keys (T, T); it returns dL/ds, 0 on all other keys, or None where
-# nothing is sent. A further rule is one entry in SOFTMAX_BACKWARD.
-#
-# A rule with a memory has two methods more: start(config) is the memory before training, and
-# learn(memory, a, g, visible) what becomes of it after each step. It is called with the memory as a
-# fourth argument.
+# nothing is sent. A further rule is one entry in SOFTMAX_BACKWARD. A rule with a memory takes it as
+# a fourth argument, and has two methods: start(config) is the memory before training, and
+# learn(memory, a, g, visible) what becomes of it after each step.
 # --------------------------------------------------------------------------------------------------
 
 Rule = Callable[..., Tensor | None]
@@ -248,8 +222,7 @@ class BaselineRule:
     """``a m (g - c)``: each key's error against a baseline ``c``, times its weight and a slope.
 
     ``m = 1, c = b`` is the exact pass ``f = J g``; ``m = 1 - a, c = 0`` the Jacobian's diagonal. In
-    between are surrogates: the policy gradient of REINFORCE (Williams 1992) under one baseline or
-    another.
+    between: the policy gradient of REINFORCE (Williams 1992) under one baseline or another.
 
     >>> a, g = torch.tensor([0.25, 0.75]), torch.tensor([1.0, -1.0])
     >>> full(a, g, visible=torch.ones(2, dtype=bool))
@@ -329,23 +302,18 @@ SOFTMAX_BACKWARD: dict[str, Rule] = {
 }
 
 
-def _sigmoid(scores: Tensor) -> Tensor:
-    """Sigmoid attention (Ramapuram et al. 2024): each key by itself, with their bias ``-log T``."""
-    return torch.sigmoid(scores - math.log(scores.shape[-1]))
-
-
 ATTN_MODES: dict[str, Callable[[Tensor], Tensor]] = {
-    "softmax": functools.partial(torch.softmax, dim=-1),
-    "sigmoid": _sigmoid,
+    "softmax": lambda scores: torch.softmax(scores, dim=-1),
+    # Ramapuram et al. 2024: each key by itself, with their bias -log T
+    "sigmoid": lambda scores: torch.sigmoid(scores - math.log(scores.shape[-1])),
 }
 
 
 class AttentionWeights(nn.Module):
     """Scores in, attention weights out, both (B, H, T, T): where a forward hook sees them.
 
-    Masked scores are ``-inf`` and their weights exactly 0. The backward pass follows
-    ``softmax_backward``; a sigmoid's exact derivative is the diagonal formula, which is why sigmoid
-    attention has no lateral term.
+    Masked scores are ``-inf``, their weights exactly 0. The backward pass follows
+    ``softmax_backward``; a sigmoid's exact one is the diagonal formula: it has no lateral term.
     """
 
     def __init__(self, config: LocalGPTConfig) -> None:
@@ -370,12 +338,9 @@ class AttentionWeights(nn.Module):
         return sent
 
 
-def attention_weights(
-    scores: Tensor,
-    visible: Tensor,
-    activation: Callable[[Tensor], Tensor] = ATTN_MODES["softmax"],
-    send_back: Callable[[Tensor, Tensor, Tensor], Tensor | None] = SOFTMAX_BACKWARD["full"],
-) -> Tensor:
+def attention_weights(scores: Tensor, visible: Tensor,
+                      activation: Callable[[Tensor], Tensor] = ATTN_MODES["softmax"],
+                      send_back: Rule = full) -> Tensor:
     """``a = activation(s)`` forwards, ``dL/ds = send_back(a, dL/da, visible)`` backwards.
 
     scores: (..., T_q, T_k), ``-inf`` where ``visible``, of a shape that broadcasts to theirs, is
@@ -389,8 +354,6 @@ def attention_weights(
 
 
 class _RuledWeights(torch.autograd.Function):
-    """See ``attention_weights``."""
-
     @staticmethod
     def forward(ctx, scores: Tensor, visible: Tensor, activation, send_back) -> Tensor:
         attn = activation(scores)
@@ -411,34 +374,32 @@ class _RuledWeights(torch.autograd.Function):
 # A norm divides by the root mean square, x / rms(x), without a learnt gain. Its exact backward pass
 # takes the radial part from dx, and for that forms x . dx: at a query a sum over keys that nobody
 # else is told, q_i . dq_i = sum_j ds_ij s_ij; at a key k_j . dk_j = sum_i ds_ij s_ij, over queries.
-# A cap looks at one score at a time, and so does its derivative.
 # --------------------------------------------------------------------------------------------------
+
+
+NORM_EPS = 1e-6  # added to the mean square
 
 
 class RMSNorm(nn.RMSNorm):
     """``x / rms(x)`` over the last axis, and its exact backward pass (Zhang and Sennrich 2019)."""
 
     def __init__(self, head_dim: int) -> None:
-        super().__init__(head_dim, eps=1e-6, elementwise_affine=False)
+        super().__init__(head_dim, eps=NORM_EPS, elementwise_affine=False)
 
 
 class CutRMSNorm(RMSNorm):
     """The same forwards; backwards the divisor counts as a constant: a gain control."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * (x.detach().square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        return x * (x.detach().square().mean(-1, keepdim=True) + NORM_EPS).rsqrt()
 
 
-class TangentNorm(nn.Module):
+class TangentNorm(nn.Identity):
     """Changes nothing forwards; backwards it takes out the radial part: a norm's other half."""
 
-    def __init__(self, head_dim: int) -> None:
-        super().__init__()
-        self.norm = RMSNorm(head_dim)
-
     def forward(self, x: Tensor) -> Tensor:
-        rms = (x.detach().square().mean(-1, keepdim=True) + self.norm.eps).sqrt()
-        return self.norm(x) * rms
+        rms = (x.detach().square().mean(-1, keepdim=True) + NORM_EPS).sqrt()
+        return F.rms_norm(x, x.shape[-1:], eps=NORM_EPS) * rms
 
 
 QK_NORM: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {  # of queries, of keys
@@ -456,8 +417,7 @@ QK_NORM: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {  # of queries, o
 class ScoreCap(nn.Module):
     """``c tanh(s / c)`` (Gemma 2's soft-capping): no score is larger than ``c``.
 
-    Its derivative is ``1 - tanh^2(s / c)``, or 1 where the backward pass is ``cut``: that tells the
-    bound from the slope that fades. Forwards both are the same.
+    Its derivative is ``1 - tanh^2(s / c)``, or 1 where it is ``cut``: bound and slope apart.
     """
 
     def __init__(self, cap: float, cut: bool) -> None:
@@ -470,12 +430,7 @@ class ScoreCap(nn.Module):
 
 
 CAP_BACKWARD = ("exact", "cut")
-# The deviation of W_q and W_k: GPT-2's, which is small for a network of 64 or 128 channels, or
-# LeCun's, by which queries and keys start with a root mean square of 1.
-QK_START: dict[str, Callable[[int], float]] = {
-    "gpt2": lambda n_embd: INIT_STD,
-    "lecun": lambda n_embd: n_embd**-0.5,
-}
+QK_START = ("gpt2", "lecun")
 REGISTRIES = {
     "method": METHODS,
     "softmax_backward": SOFTMAX_BACKWARD,
@@ -493,8 +448,7 @@ REGISTRIES = {
 class CausalSelfAttention(nn.Module):
     """Multi-head attention, ``O = A V``, ``A = softmax(Q K^T / sqrt(D))``: A can be seen.
 
-    Q and K are as ``qk_norm`` leaves them, ``score_scale`` is one more factor on their product, and
-    ``score_cap`` bounds it, before the mask.
+    Q and K pass their norm; the scores are scaled and capped before they are masked.
     """
 
     def __init__(self, config: LocalGPTConfig) -> None:
@@ -508,9 +462,8 @@ class CausalSelfAttention(nn.Module):
         self.o_proj = linear(config.n_embd, config.n_embd, std)
         self.q_norm, self.k_norm = (norm(self.head_dim) for norm in QK_NORM[config.qk_norm])
         self.score_scale = config.score_scale * self.head_dim**-0.5
-        self.score_cap = None
-        if config.score_cap < math.inf:
-            self.score_cap = ScoreCap(config.score_cap, cut=config.cap_backward == "cut")
+        cap, cut = config.score_cap, config.cap_backward == "cut"
+        self.score_cap = ScoreCap(cap, cut) if cap < math.inf else None
         self.attn_weights = AttentionWeights(config)
         self.resid_drop = nn.Dropout(config.dropout)
         # True where the query (row) may see the key (column), as in F.scaled_dot_product_attention
@@ -598,20 +551,17 @@ class LocalGPT(nn.Module):
     @torch.no_grad()
     def _reset_parameters(self) -> None:
         for name, parameter in self.named_parameters():
-            if parameter.dim() != 2:
-                continue
-            std = INIT_STD
-            # GPT-2: what is added to the residual stream shrinks with the number of additions
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
+            part, std = name.split(".")[-2], INIT_STD
+            if part in ("o_proj", "down_proj"):
+                # GPT-2: what is added to the residual stream shrinks with the number of additions
                 std /= math.sqrt(2 * self.config.n_layer)
-            if name.endswith(("q_proj.weight", "k_proj.weight")):
-                std = QK_START[self.config.qk_start](self.config.n_embd)
-            parameter.normal_(0.0, std)
-        for module in self.modules():
-            if isinstance(module, BackpropLinear):
-                module.reset_feedback()
-        if self.config.method == "dfa":
-            self.direct_feedback.normal_(0.0, INIT_STD * self.config.feedback_scale)
+            if part in ("q_proj", "k_proj") and self.config.qk_start == "lecun":
+                std = self.config.n_embd**-0.5  # queries and keys of root mean square 1
+            if parameter.dim() == 2:  # the gains of LayerNorm stay 1
+                parameter.normal_(0.0, std)
+        for name, buffer in self.named_buffers():
+            if name.endswith("feedback"):
+                buffer.normal_(0.0, INIT_STD * self.config.feedback_scale)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Predict the next token at every position.
@@ -625,46 +575,38 @@ class LocalGPT(nn.Module):
         if idx.dim() != 2 or not idx.shape[0] or not 1 <= idx.shape[1] <= longest:
             raise ValueError(f"idx has shape {tuple(idx.shape)}: expected (B, T), B from 1, "
                              f"T from 1 to {longest}")
-        if targets is not None and targets.shape != idx.shape:
-            raise ValueError(f"targets have shape {tuple(targets.shape)}, idx {tuple(idx.shape)}: "
-                             "they must agree")
-        for name, ids in (("idx", idx), ("targets", targets)):
-            if ids is not None and ids.dtype not in (torch.int64, torch.int32):
-                raise ValueError(f"{name} are {ids.dtype}: token ids are whole numbers, "
-                                 "convert them with .long()")
-        try:
-            x = self.token_embedding(idx)
-        except IndexError as error:
-            raise self._out_of_range("idx", idx) from error
-        position = torch.arange(idx.shape[1], device=idx.device)
-        x = self.drop(x + self.position_embedding(position))  # (B, T, C)
-        taps: list[Tensor] = []
-        x = self._between_blocks(x, taps)
+        self._check_ids("idx", idx)
+        if targets is not None:
+            if targets.shape != idx.shape:
+                raise ValueError(f"targets have shape {tuple(targets.shape)}, "
+                                 f"idx {tuple(idx.shape)}: they must agree")
+            self._check_ids("targets", targets.masked_fill(targets == -100, 0))
+
+        # Between blocks DFA cuts the backward path; its error arrives at what was there.
+        direct = self.config.method == "dfa"
+        x = self.token_embedding(idx) + self.position_embedding.weight[: idx.shape[1]]
+        stream = [self.drop(x)]  # the embedding and the output of every block, each (B, T, C)
         for block in self.blocks:
-            x = self._between_blocks(block(x), taps)
-        logits = self.lm_head(self.ln_f(x))  # (B, T, V)
-        if taps:
-            logits = _DirectFeedback.apply(logits, self.direct_feedback, *taps)
-        if targets is None:
-            return logits, None
-        try:
-            return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten().long())
-        except IndexError as error:
-            raise self._out_of_range("targets", targets) from error
+            stream.append(block(stream[-1].detach() if direct else stream[-1]))
+        logits = self.lm_head(self.ln_f(stream[-1].detach() if direct else stream[-1]))  # (B, T, V)
+        if direct:
+            logits = _DirectFeedback.apply(logits, self.direct_feedback, *stream)
 
-    def _out_of_range(self, name: str, ids: Tensor) -> ValueError:
-        """The error for ids without a token; asked for afterwards, as to look first is to wait."""
+        loss = None
+        if targets is not None:
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten().long())
+        return logits, loss
+
+    def _check_ids(self, name: str, ids: Tensor) -> None:
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"{name} are {ids.dtype}: token ids are whole numbers, "
+                             "convert them with .long()")
+        if ids.device.type != "cpu":  # to look at them is to wait for a GPU
+            return
         low, high = ids.aminmax()
-        last = self.config.vocab_size - 1
-        return ValueError(f"{name} hold ids from {low} to {high}, "
-                          f"and the model's vocabulary goes from 0 to {last}")
-
-    def _between_blocks(self, x: Tensor, taps: list[Tensor]) -> Tensor:
-        """Under ``dfa`` cut the backward path here, and keep ``x``: the error arrives there."""
-        if self.config.method != "dfa":
-            return x
-        taps.append(x)
-        return x.detach()
+        if low < 0 or high >= self.config.vocab_size:
+            raise ValueError(f"{name} hold ids from {low} to {high}, and the model's vocabulary "
+                             f"goes from 0 to {self.config.vocab_size - 1}")
 
     @torch.no_grad()
     def generate(self, idx: Tensor, n_new: int, temperature: float = 1.0,
@@ -672,20 +614,17 @@ class LocalGPT(nn.Module):
         """Continue ``idx`` (B, T) by ``n_new`` sampled tokens; returns (B, T + n_new).
 
         ``temperature`` > 0 divides the logits; ``generator`` makes the sample repeatable, and
-        leaves torch's own random numbers alone. Every module keeps its mode.
+        leaves torch's own random numbers alone. ValueError on either number out of range.
         """
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature={temperature} is not a positive number")
         if n_new < 0:
             raise ValueError(f"n_new={n_new} is negative")
-        modes = [(module, module.training) for module in self.modules()]
+        was_training = self.training
         self.eval()
-        try:
-            for _ in range(n_new):
-                logits, _ = self(idx[:, -self.config.block_size :])
-                probs = torch.softmax(logits[:, -1] / temperature, dim=-1)
-                idx = torch.cat((idx, torch.multinomial(probs, 1, generator=generator)), dim=1)
-        finally:
-            for module, training in modes:
-                module.training = training
+        for _ in range(n_new):
+            logits, _ = self(idx[:, -self.config.block_size :])
+            probs = torch.softmax(logits[:, -1] / temperature, dim=-1)
+            idx = torch.cat((idx, torch.multinomial(probs, 1, generator=generator)), dim=1)
+        self.train(was_training)
         return idx

@@ -6,10 +6,12 @@ are made by ``data/sweep.py``; rules that only probe are in ``data/probes.py``.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
 import hashlib
+import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,20 +78,12 @@ class RecallTask:
     @property
     def best_guess(self) -> float:
         """Accuracy of one who names the most frequent value: the best without any lookup."""
-
-        @functools.cache
-        def sequences(n_values: int, length: int, most: int) -> int:
-            """How many sequences of values have none more than ``most`` times."""
-            if n_values == 0:
-                return int(length == 0)
-            times = range(min(most, length) + 1)
-            return sum(math.comb(length, k) * sequences(n_values - 1, length - k, most)
-                       for k in times)
-
-        P, V = self.n_pairs, self.n_values
-        # the mean of the largest count: the sum over m of the probability that it is m or more
-        more = sum(1 - sequences(V, P, m) / V**P for m in range(P))
-        return more / P
+        total = 0
+        for shown in itertools.combinations_with_replacement(range(self.n_values), self.n_pairs):
+            counts = Counter(shown).values()
+            orders = math.factorial(self.n_pairs) // math.prod(map(math.factorial, counts))
+            total += orders * max(counts)
+        return total / self.n_values**self.n_pairs / self.n_pairs
 
     def batch(self, block_size: int, batch_size: int, generator: torch.Generator,
               device: str) -> tuple[Tensor, Tensor]:
@@ -171,24 +165,19 @@ def symptoms(model: LocalGPT, x: Tensor, y: Tensor) -> dict[tuple[str, str], flo
     values: dict[str, list[float]] = {name: [] for name in SYMPTOMS}
     raw_scores: list[Tensor] = []
 
-    def keep_size(name: str):
-        def keep(module, inputs, output):
-            values[name].append(output.detach().square().mean().item())
-        return keep
-
     # Queries and keys before any norm, and scores before any cap, are seen by hooks.
-    handles = []
-    for block in model.blocks:
-        handles.append(block.attn.q_proj.register_forward_hook(keep_size("q_norm")))
-        handles.append(block.attn.k_proj.register_forward_hook(keep_size("k_norm")))
-        if block.attn.score_cap is not None:
-            handles.append(block.attn.score_cap.register_forward_pre_hook(
-                lambda module, inputs: raw_scores.append(inputs[0].detach())))
-    try:
+    with contextlib.ExitStack() as hooks:
+        for attn in (block.attn for block in model.blocks):
+            for name, module in (("q_norm", attn.q_proj), ("k_norm", attn.k_proj)):
+                def keep(module, inputs, output, squares=values[name]):
+                    squares.append(output.detach().square().mean().item())
+                hooks.enter_context(module.register_forward_hook(keep))
+            if attn.score_cap is not None:
+                hooks.enter_context(attn.score_cap.register_forward_pre_hook(
+                    lambda module, inputs: raw_scores.append(inputs[0].detach())))
         layers = capture_batch(model, x, y)
-    finally:
-        for handle in handles:
-            handle.remove()
+    for name in ("q_norm", "k_norm"):
+        values[name] = [math.sqrt(np.mean(values[name]))]
 
     for number, layer in enumerate(layers):
         visible = layer.scores[0, 0].isfinite()
@@ -203,23 +192,22 @@ def symptoms(model: LocalGPT, x: Tensor, y: Tensor) -> dict[tuple[str, str], flo
         values["common_mode"].append(mean_score.square().mean().sqrt().item())
         values["entropy"].append(entropy.mean().item())
         values["score_max"].append(above[..., 1:].mean().item())
+
         # What the rule sends, beside what the exact pass would.
         sent = model.get_submodule(layer.name).send_back(layer.attn, layer.grad, visible)
         if sent is None:
             continue
-        sigmoid = model.config.attn_mode == "sigmoid"
-        exact = sent if sigmoid else full(layer.attn, layer.grad, visible)
-        cosine = F.cosine_similarity(sent.double().flatten(2), exact.double().flatten(2),
-                                     dim=-1, eps=0)
+        softmax = model.config.attn_mode == "softmax"
+        exact = full(layer.attn, layer.grad, visible) if softmax else sent
+        maps = sent.double().flatten(2), exact.double().flatten(2)
+        cosine = F.cosine_similarity(*maps, dim=-1, eps=0)
         values["cos_scores"].append(cosine.nanmean().item())
         radial = sent * scores
-        for name, part, dim in (("row_sum", sent, -1), ("radial_q", radial, -1),
-                                ("radial_k", radial, -2)):
+        sums = ("row_sum", sent, -1), ("radial_q", radial, -1), ("radial_k", radial, -2)
+        for name, part, dim in sums:
             values[name].append((part.sum(dim).abs().sum() / part.abs().sum()).item())
-    for name in ("q_norm", "k_norm"):
-        values[name] = [math.sqrt(np.mean(values[name]))]
 
-    # At the weights: beside a model that differs in the softmax's backward pass alone.
+    # At the weights: beside a model whose softmax, norms and caps have their exact pass.
     exact_config = dataclasses.replace(model.config.exact, method=model.config.method)
     exact_model = twin(model, **dataclasses.asdict(exact_config))
     cosines = gradient_cosines(model, exact_model, x, y)
@@ -248,6 +236,9 @@ KEY = {
 }
 # rules are compared within a group: all that determines a run but rule, scale, rate and seed
 GROUP = [name for name in KEY if name not in (*RULE, "feedback_scale", "lr", "seed")]
+USUAL = {"method": "bp", "base": "", "dose": 1.0, "after": 0, "attn_mode": "softmax",
+         "qk_norm": "off", "qk_start": "gpt2", "score_cap": math.inf, "cap_backward": "exact",
+         "score_scale": 1.0, "optimizer": "adamw", "feedback_scale": 1.0}
 OUTCOMES = ["val_loss", "accuracy", *SYMPTOMS]
 # over training, as numbers between blanks, one for each evaluation
 CURVES = {"losses": "val_loss", "accuracies": "accuracy", "common_modes": "common_mode",
@@ -266,14 +257,11 @@ def load_runs(experiment: int | None = EXPERIMENT, path: Path = RUNS) -> pd.Data
     if not path.exists():
         raise FileNotFoundError(f"there is no {path.name}: take it from git again, "
                                 "or make it with 'make sweep' (hours)")
-    floats = dict.fromkeys([*OUTCOMES, "seconds"], float)
-    text = dict.fromkeys([*CURVES, "status", "data", "machine", "torch"], str)
-    columns = KEY | floats | text | {"experiment": int}
-    words = [name for name, kind in columns.items() if kind is str]
+    kinds = KEY | dict.fromkeys([*OUTCOMES, "seconds"], float) | {"experiment": int}
+    kinds |= dict.fromkeys([*CURVES, "status", "data", "machine", "torch"], str)
+    blank = {name: [""] for name, kind in kinds.items() if kind is not str}  # of numbers: missing
     try:
-        runs = pd.read_csv(path, dtype=columns, keep_default_na=False,
-                           na_values={name: [""] for name in columns if name not in words})
-        runs = runs[COLUMNS]
+        runs = pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values=blank)[COLUMNS]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path.name} is damaged: {error}; correct it, take it from git again, "
                          "or delete it") from error
@@ -286,20 +274,17 @@ def load_runs(experiment: int | None = EXPERIMENT, path: Path = RUNS) -> pd.Data
 def check_runs(runs: pd.DataFrame) -> pd.DataFrame:
     """The table as it is; ValueError names a run that cannot be as the table says."""
 
-    def refuse(wrong: pd.Series, what: str) -> None:
+    loss, failed = runs["val_loss"], runs["status"].str.startswith("failed")
+    ok, diverged = runs["status"] == "ok", runs["status"] == "diverged"
+    fits = (ok & np.isfinite(loss)) | (diverged & np.isposinf(loss)) | (failed & loss.isna())
+    usual = runs.groupby("task")["data"].transform(lambda data: data.mode().iloc[0])
+    faults = {"is there twice": runs.duplicated([*KEY, "experiment"]),
+              "is of other data than the other runs of its task": runs["data"] != usual,
+              "has a status and a loss that cannot be": ~fits}
+    for fault, wrong in faults.items():
         if wrong.any():
             run = runs[wrong].iloc[0][[*KEY]].to_dict()
-            raise ValueError(f"the table holds a run that {what}: {run}; delete that row")
-
-    loss, failed = runs["val_loss"], runs["status"].str.startswith("failed")
-    usual = runs.groupby("task")["data"].transform(lambda data: data.mode().iloc[0])
-    refuse(runs.duplicated([*KEY, "experiment"]), "is there twice")
-    refuse(runs["data"] != usual, "is of other data than the other runs of its task")
-    refuse(~failed & ~runs["status"].isin(["ok", "diverged"]),
-           "is neither ok nor diverged nor failed")
-    refuse((runs["status"] == "ok") & ~np.isfinite(loss), "is ok and has no finite loss")
-    refuse((runs["status"] == "diverged") & ~np.isposinf(loss), "is diverged and has a loss")
-    refuse(failed & loss.notna(), "failed and has a loss")
+            raise ValueError(f"the table holds a run that {fault}: {run}; delete that row")
     return runs
 
 
@@ -314,10 +299,9 @@ def curve(values: str) -> np.ndarray:
 
 def usual_runs(runs: pd.DataFrame) -> pd.DataFrame:
     """Those of softmax attention as it usually starts, with scores of scale 1, by AdamW."""
-    usual = {"attn_mode": "softmax", "score_scale": 1.0, "optimizer": "adamw",
-             "qk_start": "gpt2", "score_cap": math.inf}
-    steps = runs["task"].map({name: task.steps for name, task in TASKS.items()})
-    return runs[(runs[[*usual]] == pd.Series(usual)).all(axis=1) & (runs["steps"] == steps)]
+    names = "attn_mode", "qk_start", "score_cap", "cap_backward", "score_scale", "optimizer"
+    usual = (runs[[*names]] == pd.Series(USUAL)[[*names]]).all(axis=1)
+    return runs[usual & (runs["steps"] == runs["task"].map(lambda name: TASKS[name].steps))]
 
 
 def runs_without_norms() -> pd.DataFrame:
@@ -382,10 +366,11 @@ class Judged(NamedTuple):
 
     def losses(self) -> list[pd.Series] | None:
         """Losses of rule, ``full`` and ``none`` on the seeds that all have; None without two."""
-        parts = self.runs, self.full, self.none
-        seeds = parts[0].index.intersection(parts[1].index).intersection(parts[2].index)
-        losses = [part["val_loss"][seeds] for part in parts]
-        return None if len(seeds) < 2 or pd.concat(losses).isna().any() else losses
+        parts = [part["val_loss"] for part in (self.runs, self.full, self.none)]
+        losses = pd.concat(parts, axis=1, join="inner", keys=["rule", "full", "none"])
+        if len(losses) < 2 or losses.isna().any(axis=None):
+            return None
+        return [losses[name] for name in losses]
 
     @property
     def solved(self) -> tuple[int, int, int, int]:
@@ -410,11 +395,12 @@ def judged(runs: pd.DataFrame, at: str = "own") -> Iterator[Judged]:
                          "choose 'own', 'full' or 'rule'")
     for values, part in check_runs(runs).groupby(GROUP, sort=False):
         group = dict(zip(GROUP, values, strict=True))
-        # Norms that differ only backwards share the control.
-        control = shared_control(group["qk_norm"])
-        if control != group["qk_norm"]:
-            shared = group | {"qk_norm": control, "rule": "none"}
-            part = pd.concat([part, runs[(runs[[*shared]] == pd.Series(shared)).all(axis=1)]])
+        # Norms and caps that differ only backwards share the control.
+        control = group | {"qk_norm": shared_control(group["qk_norm"]), "cap_backward": "exact"}
+        if control != group:
+            shared = (runs[[*control, "rule"]] == pd.Series(control | {"rule": "none"})).all(axis=1)
+            part = pd.concat([part, runs[shared]])
+            part = part.drop_duplicates([*RULE, "feedback_scale", "lr", "seed", "experiment"])
         tuning, tests = part[part["seed"].isin(TUNING_SEEDS)], part[part["seed"].isin(TEST_SEEDS)]
 
         # The feedback scale is the choice of the exact pass, the rate that of each rule.
@@ -428,14 +414,13 @@ def judged(runs: pd.DataFrame, at: str = "own") -> Iterator[Judged]:
         best = {rule: best_settings(tried[rule]).lr for rule in tried}
 
         for rule in rules.itertuples(index=False, name=None):
-            whose = {"own": (rule, FULL, NONE), "full": (FULL,) * 3, "rule": (rule,) * 3}[at]
-            rates = [best.get(name, math.nan) for name in whose]
-            beside = []
-            for name, lr in zip((rule, FULL, NONE), rates, strict=True):
-                found = tested.get((*name, lr), tests.iloc[:0])
-                beside.append(found.set_index("seed").sort_index())
+            compared = rule, FULL, NONE
+            at_rate_of = {"own": compared, "full": (FULL,) * 3, "rule": (rule,) * 3}[at]
+            rates = [best.get(name, math.nan) for name in at_rate_of]
+            found = [tested.get((*name, lr), tests.iloc[:0]).set_index("seed").sort_index()
+                     for name, lr in zip(compared, rates, strict=True)]
             lrs = tried[rule]["lr"] if rule in tried else tuning["lr"].iloc[:0]
-            yield Judged(group, rule, scale, rates[0], lrs, *beside)
+            yield Judged(group, rule, scale, rates[0], lrs, *found)
 
 
 def harm_table(runs: pd.DataFrame, at: str = "own") -> pd.DataFrame:
@@ -517,45 +502,48 @@ def mending(runs: pd.DataFrame, rules: Iterable[str] = ("diagonal", "zero")) -> 
     runs are. Verdicts hold for both rules together at the level 0.05, by Holm's (1979) method: one
     that holds at half of it lets the other have all of it.
     """
+    # The cases by setting, rule and task: of the protocol's length, and no probes.
     setting = [name for name in GROUP if name not in ("task", "steps")]
     cases: dict[tuple, dict[str, dict[str, Judged]]] = {}
     for case in judged(runs, at="full"):
         rule, *probe = case.rule
         task = case.group["task"]
-        if rule in rules and probe == ["", 1.0, 0] and case.group["steps"] == TASKS[task].steps:
+        if rule in rules and probe == [*FULL[1:]] and case.group["steps"] == TASKS[task].steps:
             key = tuple(case.group[name] for name in setting)
             cases.setdefault(key, {}).setdefault(rule, {})[task] = case
+
     rows = []
     for key, by_rule in cases.items():
-        evidence = {"recall": {}, "both": {}}
-        for rule, tasks in by_rule.items():
-            recall = tasks.get("recall")
-            if recall is None or not len(recall.runs) or not len(recall.full):
-                continue
-            if pd.concat([recall.runs, recall.full])["val_loss"].isna().any():
-                continue
-            evidence["recall"][rule] = recall.solved, None
-            losses = tasks["shakespeare"].losses() if "shakespeare" in tasks else None
-            if losses:
-                evidence["both"][rule] = recall.solved, losses
-        for rule in by_rule:
+        known = {rule: _evidence(tasks) for rule, tasks in by_rule.items()}
+        first = {(rule, scope): mended(*evidence, 0.05 / len(by_rule))
+                 for rule, found in known.items() for scope, evidence in found.items()}
+        for rule, found in known.items():
             row = dict(zip([*setting, "rule"], (*key, rule), strict=True))
-            if rule in evidence["recall"]:
-                solved = evidence["recall"][rule][0]
-                names = "solved", "seeds", "full_solved", "full_seeds"
-                row |= dict(zip(names, solved, strict=True))
-                row["low"], row["high"] = share_interval(*solved[:2])
-                row["behind_low"], row["behind_high"] = share_difference(*solved)
-            for name, known in evidence.items():
-                row[name] = "missing"
-                if rule in known:
-                    row[name] = mended(*known[rule], 0.05 / len(by_rule))
-                    others = [mended(*known[other], 0.05 / len(by_rule)) for other in known
-                              if other != rule]
-                    if row[name] == "undetermined" and set(others) - {"undetermined"}:
-                        row[name] = mended(*known[rule], 0.05)
+            if found:
+                row |= zip(["solved", "seeds", "full_solved", "full_seeds"], found["recall"][0],
+                           strict=True)
+                row["low"], row["high"] = share_interval(*found["recall"][0][:2])
+                row["behind_low"], row["behind_high"] = share_difference(*found["recall"][0])
+            for scope in ("recall", "both"):
+                row[scope] = first.get((rule, scope), "missing")
+                others = {first.get((other, scope)) for other in by_rule if other != rule}
+                if row[scope] == "undetermined" and others & {"mended", "not mended"}:
+                    row[scope] = mended(*found[scope], 0.05)
             rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _evidence(tasks: dict[str, Judged]) -> dict[str, tuple]:
+    """What ``mended`` asks for, on recall and on both tasks, as far as there are runs."""
+    recall, text = tasks.get("recall"), tasks.get("shakespeare")
+    if recall is None or recall.runs.empty or recall.full.empty:
+        return {}
+    if pd.concat([recall.runs, recall.full])["val_loss"].isna().any():
+        return {}
+    evidence = {"recall": (recall.solved, None)}
+    if text is not None and (losses := text.losses()):
+        evidence["both"] = recall.solved, losses
+    return evidence
 
 
 # --------------------------------------------------------------------------------------------------
@@ -599,12 +587,11 @@ def plot_harm(table: pd.DataFrame) -> np.ndarray:
     axes = axes[:, 0]
     # not by colour alone
     markers = {"tolerable": "o", "costly": "s", "catastrophic": "X", "undetermined": "D"}
+    words = {"fontsize": "small", "va": "center", "textcoords": "offset points"}
     for ax, (values, part) in zip(axes, groups, strict=True):
-        group = dict(zip(GROUP, values, strict=True))
         part = part.sort_values("harm", ascending=False)
         for position, row in enumerate(part.itertuples()):
             color = VERDICT_COLORS[row.verdict]
-            words = {"fontsize": "small", "va": "center", "textcoords": "offset points"}
             if math.isinf(row.harm):  # a seed diverged: at the edge, beyond every scale
                 edge = ax.get_yaxis_transform()
                 ax.plot(1, position, ">", transform=edge, clip_on=False, color=color)
@@ -620,7 +607,8 @@ def plot_harm(table: pd.DataFrame) -> np.ndarray:
         ax.axvline(0, color="0.8", linewidth=1, zorder=0)
         ax.set_yticks(range(len(part)), part["rule"])
         ax.set_ylim(-0.6, len(part) - 0.4)
-        ax.set_title(group_title(group), fontsize="small")
+        title = group_title(dict(zip(GROUP, values, strict=True)))
+        ax.set_title(title, fontsize="small")
         ax.margins(x=0.2)  # for the words
     axes[-1].set_xlabel("harm (0: full, 1: Q and K never trained)")
     return axes
@@ -629,16 +617,7 @@ def plot_harm(table: pd.DataFrame) -> np.ndarray:
 def group_title(group: dict[str, object]) -> str:
     """What is said of a group over its panel: task and method, then what is not as usual."""
     words = [group["task"], group["method"]]
-    if group["attn_mode"] != "softmax":
-        words.append(f"{group['attn_mode']} attention")
-    if group["qk_norm"] != "off":
-        words.append(f"qk_norm {group['qk_norm']}")
-    if group["qk_start"] != "gpt2":
-        words.append(f"start {group['qk_start']}")
-    if group["score_cap"] < math.inf:
-        words.append(f"scores below {group['score_cap']:g}")
-    if group["score_scale"] != 1:
-        words.append(f"scores times {group['score_scale']:g}")
-    if group["optimizer"] != "adamw":
-        words.append(group["optimizer"])
+    for name in GROUP:
+        if name in USUAL and name != "method" and group[name] != USUAL[name]:
+            words.append(f"{name} {group[name]}")
     return f"{', '.join(words)}, {group['steps']:,} iterations"

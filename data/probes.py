@@ -1,11 +1,8 @@
 """Rules that nobody would build, to ask what it is in the lateral sum that matters.
 
-Importing this module enters them in ``SOFTMAX_BACKWARD`` beside the others. A probe is named by
-what the table of runs says of it, see ``probe_name``: a rule, the local rule it is based on, the
-dose of the lateral sum, and after how many iterations of the exact pass it sets in.
-
-What is random in a probe is drawn from the attention weights it is used with, so that to measure a
-model draws the same again and disturbs nothing else.
+Importing this module enters them in ``SOFTMAX_BACKWARD`` beside the others. What is random in them
+is drawn from the attention weights they are used with: to measure a model draws the same again and
+disturbs nothing else.
 """
 
 from __future__ import annotations
@@ -20,7 +17,10 @@ from model_local import SOFTMAX_BACKWARD, LocalGPTConfig, Rule, full, lateral_su
 
 
 def probe_name(rule: str, base: str = "", dose: float = 1.0, after: int = 0) -> str:
-    """The name in ``SOFTMAX_BACKWARD`` of what four columns of the table say.
+    """The name in ``SOFTMAX_BACKWARD`` of what four columns of the table of runs say.
+
+    A rule, the local one that it changes, the dose of the lateral sum, and after how many
+    iterations of the exact pass it sets in.
 
     >>> probe_name("zero"), probe_name("dosed", "zero", 0.2), probe_name("zero", after=500)
     ('zero', 'dosed zero 0.2', 'zero after 500')
@@ -42,10 +42,11 @@ class DosedRule:
         return self.base.against(self.dose * lateral_sum(a, g, visible), a, g)
 
 
-def seeded_by(a: Tensor) -> torch.Generator:
-    """A generator that starts where ``a`` says: fresh per layer and iteration, the same per map."""
-    seed = abs(hash(a.double().square().sum().item()))
-    return torch.Generator(a.device).manual_seed(seed)
+def normal(shape: torch.Size, a: Tensor, fresh: bool) -> Tensor:
+    """Normal numbers: ``fresh`` for each map, so for each layer and step, or always the same."""
+    seed = abs(hash(a.double().square().sum().item())) if fresh else 0
+    generator = torch.Generator(a.device).manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=a.dtype, device=a.device)
 
 
 def as_sign(message: Tensor, a: Tensor) -> Tensor:
@@ -61,8 +62,7 @@ def as_power(message: Tensor, a: Tensor) -> Tensor:
 
 def as_noise(message: Tensor, a: Tensor) -> Tensor:
     """Times a number from a normal distribution of mean 1 and deviation 1, drawn for each query."""
-    like = {"generator": seeded_by(a), "dtype": a.dtype, "device": a.device}
-    return message * (1 + torch.randn(message.shape, **like))
+    return message * (1 + normal(message.shape, a, fresh=True))
 
 
 @dataclass(frozen=True)
@@ -133,14 +133,12 @@ class ErrorRule:
         return f + 0.75 * error * (size / map_size(error)).nan_to_num(posinf=0.0)
 
     def pattern(self, a: Tensor) -> Tensor:
-        generator = seeded_by(a) if self.fresh else torch.Generator(a.device).manual_seed(0)
-        like = {"generator": generator, "dtype": a.dtype, "device": a.device}
         if self.direction == "random":
-            return torch.randn(a.shape[1:], **like).expand_as(a)
+            return normal(a.shape[1:], a, self.fresh).expand_as(a)
         pattern = a if self.direction == "attention" else torch.ones_like(a)
-        if self.fresh:
-            pattern = pattern * torch.randn(a.shape[1], 1, 1, **like).sign()
-        return pattern
+        if not self.fresh:
+            return pattern
+        return pattern * normal((a.shape[1], 1, 1), a, fresh=True).sign()
 
     def start(self, config: LocalGPTConfig) -> Tensor:
         return torch.zeros(config.n_head, 1, 1)
@@ -201,15 +199,14 @@ for base in ("zero", "diagonal"):
         PROBES[probe_name(told.__name__, base)] = MessageRule(local, told)
     PROBES[probe_name("as_remembered", base)] = LateMessageRule(local)
 for direction in ("row", "attention", "random"):
-    for fresh in (False, True):
-        name = f"error_{direction}_{'fresh' if fresh else 'fixed'}"
-        PROBES[name] = ErrorRule(direction, fresh, absolute=False)
-        PROBES[f"{name}_absolute"] = ErrorRule(direction, fresh, absolute=True)
+    for word, fresh in (("fixed", False), ("fresh", True)):
+        PROBES[f"error_{direction}_{word}"] = ErrorRule(direction, fresh, absolute=False)
+        PROBES[f"error_{direction}_{word}_absolute"] = ErrorRule(direction, fresh, absolute=True)
 for half, base in HALVES:
-    PROBES[probe_name(half, base)] = PartOfErrorRule(
-        SOFTMAX_BACKWARD[base], constant=half == "row_constant")
-for rule, base in TRANSPLANTS:
+    rule = PartOfErrorRule(SOFTMAX_BACKWARD[base], constant=half == "row_constant")
+    PROBES[probe_name(half, base)] = rule
+for half, base in TRANSPLANTS:
+    then = (SOFTMAX_BACKWARD | PROBES)[probe_name(half, base)]
     for after in (500, 2000):
-        then = (SOFTMAX_BACKWARD | PROBES)[probe_name(rule, base)]
-        PROBES[probe_name(rule, base, after=after)] = TransplantRule(after, then)
+        PROBES[probe_name(half, base, after=after)] = TransplantRule(after, then)
 SOFTMAX_BACKWARD |= PROBES

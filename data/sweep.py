@@ -31,7 +31,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from data.experiment import (COLUMNS, CURVES, EXPERIMENT, KEY, OUTCOMES, RUNS, SENT, TASKS,
+from data.experiment import (COLUMNS, CURVES, EXPERIMENT, KEY, OUTCOMES, RUNS, SENT, TASKS, USUAL,
                              load_runs, symptoms)
 from data.probes import probe_name
 from helpers import adamw, load_corpus, save_atomically, train
@@ -125,9 +125,6 @@ OPTIMIZERS: dict[str, Callable[[LocalGPT, float, int], Optimizer]] = {
 # --------------------------------------------------------------------------------------------------
 
 Cell = dataclasses.make_dataclass("Cell", KEY.items(), frozen=True)  # what determines one run
-USUAL = {"method": "bp", "base": "", "dose": 1.0, "after": 0, "attn_mode": "softmax",
-         "qk_norm": "off", "qk_start": "gpt2", "score_cap": math.inf, "cap_backward": "exact",
-         "score_scale": 1.0, "optimizer": "adamw", "feedback_scale": 1.0}
 
 
 def grid(task: str, rules: Iterable[str], lrs: Iterable[float], seeds: Iterable[int],

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 
-from data.experiment import GROUP, KEY, RULE, TASKS, Task, harm_table, load_runs
+from data.experiment import GROUP, KEY, RULE, TASKS, harm_table, load_runs
 from data.probes import DOSES, HALVES, TransplantRule, probe_name
 from data.sweep import OPTIMIZERS, USUAL, Cell
 from helpers import load_corpus, train

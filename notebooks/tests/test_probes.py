@@ -1,16 +1,20 @@
-"""The probes: rules that ask what in the lateral sum matters. Each against a formula of its own, and what is random."""
+"""The probes: each against a formula of its own, and what is random in them."""
 
 import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from helpers import RecallTask, symptoms, train
-from model_local import HALVES, PROBES, SOFTMAX_BACKWARD, LocalGPT, LocalGPTConfig, as_noise
+from data.experiment import RecallTask, symptoms
+from data.probes import DOSES, HALVES, PROBES, TRANSPLANTS, as_noise, probe_name
+from helpers import train
+from model_local import SOFTMAX_BACKWARD, LocalGPT, LocalGPTConfig
 
 B, H, T = 3, 2, 6
 CONFIG = LocalGPTConfig(block_size=T + 1, vocab_size=5, n_layer=1, n_head=H, n_embd=8, method="bp")
 VISIBLE = torch.ones(T, T, dtype=torch.bool).tril()
+TASK = RecallTask(n_keys=3, n_values=2, n_pairs=2, n_queries=2)
 
 
 def maps(seed=0):
@@ -22,14 +26,14 @@ def maps(seed=0):
 
 
 def send(name, a, g, memory=None):
-    rule = PROBES[name]
-    if memory is None and hasattr(rule, "start"):
-        memory = rule.start(CONFIG).double()
-    return rule(a, g, VISIBLE, memory)
+    rule = SOFTMAX_BACKWARD[name]
+    if not hasattr(rule, "start"):
+        return rule(a, g, VISIBLE)
+    return rule(a, g, VISIBLE, rule.start(CONFIG).double() if memory is None else memory)
 
 
 def cosine(x, y):
-    return torch.nn.functional.cosine_similarity(x.flatten(2), y.flatten(2), dim=-1)
+    return F.cosine_similarity(x.flatten(2), y.flatten(2), dim=-1)
 
 
 @pytest.mark.parametrize("name", PROBES)
@@ -38,49 +42,52 @@ def test_a_probe_is_a_rule(name):
     before = a.clone(), g.clone()
     sent = send(name, a, g)
     assert torch.equal(a, before[0]) and torch.equal(g, before[1])
-    assert sent.isfinite().all() and not sent[..., ~VISIBLE].any() and torch.equal(sent, send(name, a, g))
-    assert SOFTMAX_BACKWARD[name] is PROBES[name]
-    a[:, :, 2:] = torch.nn.functional.one_hot(torch.zeros(T - 2, dtype=int), T)  # saturated rows, and no error at all
-    assert send(name, a, g).isfinite().all() and send(name, a, torch.zeros_like(g)).isfinite().all()
+    assert sent.isfinite().all() and not sent[..., ~VISIBLE].any()
+    assert torch.equal(sent, send(name, a, g)), "to measure a model draws the same again"
+    a[:, :, 2:] = F.one_hot(torch.zeros(T - 2, dtype=int), T)  # saturated rows, and no error
+    assert send(name, a, g).isfinite().all() and send(name, a, 0 * g).isfinite().all()
 
 
-@pytest.mark.parametrize("dose", [0.2, 0.4, 0.6, 0.8, 0.9, 1.1, 1.2])
+@pytest.mark.parametrize("dose", DOSES)
 def test_a_dose_of_the_exact_baseline(dose):
     a, g, _ = maps()
-    b = (a * g).sum(-1, keepdim=True)
-    torch.testing.assert_close(send(f"zero_{dose:g}b", a, g), a * (g - dose * b))
-    torch.testing.assert_close(send(f"diagonal_{dose:g}b", a, g), a * (1 - a) * (g - dose * b))
+    error = g - dose * (a * g).sum(-1, keepdim=True)
+    torch.testing.assert_close(send(probe_name("dosed", "zero", dose), a, g), a * error)
+    torch.testing.assert_close(send(probe_name("dosed", "diagonal", dose), a, g),
+                               a * (1 - a) * error)
 
 
-@pytest.mark.parametrize(("base", "exact"), [("zero", "full"), ("diagonal", "balanced_by_attention")])
+@pytest.mark.parametrize("base, exact", [("zero", "full"), ("diagonal", "balanced_by_attention")])
 def test_a_message_told_in_few_bits_late_or_with_noise(base, exact):
     a, g, _ = maps()
-    local, whole = (SOFTMAX_BACKWARD[name](a, g, VISIBLE) for name in (base, exact))
+    local = send(base, a, g)
     m = local.sum(-1, keepdim=True)
-    torch.testing.assert_close(local - a * m, whole)
+    torch.testing.assert_close(local - a * m, send(exact, a, g))
 
-    def told(name, **kwargs):
-        """What stands in the place of m: the same for all keys of a query, so that attention weighs it."""
-        number = (local - send(f"{base}_{name}", a, g, **kwargs)).sum(-1, keepdim=True)
-        torch.testing.assert_close(local - a * number, send(f"{base}_{name}", a, g, **kwargs))
+    def told(rule, memory=None):
+        """What stands in the place of m: one number a query, weighed by attention."""
+        sent = send(probe_name(rule, base), a, g, memory)
+        number = (local - sent).sum(-1, keepdim=True)
+        torch.testing.assert_close(local - a * number, sent)
         return number
 
-    sign, power, noisy = told("as_sign"), told("as_power"), told("as_noise")
-    torch.testing.assert_close(sign, m.sign() * m.abs().mean((0, 2, 3), keepdim=True))
+    size = m.abs().mean((0, 2, 3), keepdim=True)
+    torch.testing.assert_close(told("as_sign"), m.sign() * size)
+    power = told("as_power")
     exponent = power[m != 0].abs().log2()
     torch.testing.assert_close(exponent, exponent.round(), atol=1e-9, rtol=0)
     ratio = (power / m)[m != 0]
     assert ratio.min() >= 2**-0.5 - 1e-6 and ratio.max() <= 2**0.5 + 1e-6
-    factors = (noisy / m)[m.abs() > 1e-9]
-    assert factors.std() > 0.3 and factors.unique().numel() == factors.numel(), "each query draws its own"
-    same, fresh = (as_noise(m, weights, None) for weights in (a, maps(1)[0]))
-    torch.testing.assert_close(same, noisy, msg="the same map draws the same again")
-    assert (fresh / m - noisy / m)[m.abs() > 1e-9].abs().min() > 0, "another map, in the next iteration, draws anew"
+
+    factors = (told("as_noise") / m)[m.abs() > 1e-9]
+    assert factors.std() > 0.3 and len(factors.unique()) == len(factors), "each query draws its own"
+    fresh = as_noise(m, maps(1)[0])
+    assert (fresh / m)[m.abs() > 1e-9].sub(factors).abs().min() > 0, "another map draws anew"
+
     memory = torch.randn(H, T + 1, 1, dtype=torch.float64)
-    torch.testing.assert_close(told("as_remembered", memory=memory), memory[:, :T].expand(B, H, T, 1))
-    learnt = PROBES[f"{base}_as_remembered"].learn(memory, a, g, VISIBLE)
-    torch.testing.assert_close(learnt[:, :T], m.mean(0))
-    assert torch.equal(learnt[:, T:], memory[:, T:])
+    torch.testing.assert_close(told("as_remembered", memory), memory[:, :T].expand(B, H, T, 1))
+    learnt = PROBES[probe_name("as_remembered", base)].learn(memory, a, g, VISIBLE)
+    torch.testing.assert_close(learnt, torch.cat([m.mean(0), memory[:, T:]], 1))
 
 
 @pytest.mark.parametrize("direction", ["row", "attention", "random"])
@@ -91,19 +98,19 @@ def test_an_error_has_its_direction_size_and_persistence(direction, fresh):
     for seed in range(8):
         a, g, f = maps(seed)
         error = send(name, a, g) - f
-        torch.testing.assert_close((error * f).sum((-2, -1)), torch.zeros(B, H, dtype=torch.float64), atol=1e-9, rtol=0)
-        torch.testing.assert_close(cosine(f + error, f), torch.full((B, H), 0.8, dtype=torch.float64))
+        assert (error * f).sum((-2, -1)).abs().max() < 1e-9, "at right angles"
+        torch.testing.assert_close(cosine(f + error, f), torch.full((B, H), 0.8).double())
         pattern = {"row": VISIBLE.double().expand_as(a), "attention": a}.get(direction)
         if direction == "random" and not fresh:
-            always = torch.randn(H, T, T, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+            generator = torch.Generator().manual_seed(0)
+            always = torch.randn(H, T, T, generator=generator, dtype=torch.float64)
             pattern = (always * VISIBLE).expand_as(a)
         if pattern is not None:
-            along = pattern - f * ((pattern * f).sum((-2, -1)) / f.square().sum((-2, -1)))[..., None, None]
-            assert (cosine(error, along).abs() > 1 - 1e-9).all()
-            signs.update(
-                (int(head), int(s)) for head in range(H) for s in cosine(error, along)[:, head].sign().unique()
-            )
-        draws.append(error / error.norm(dim=(-2, -1), keepdim=True))
+            share = (pattern * f).sum((-2, -1)) / f.square().sum((-2, -1))
+            along = cosine(error, pattern - f * share[..., None, None])
+            assert (along.abs() > 1 - 1e-9).all()
+            signs |= {(head, int(s)) for head in range(H) for s in along[:, head].sign().unique()}
+        draws.append(error)
     if direction == "random" and fresh:
         assert cosine(draws[0], draws[1]).abs().mean() < 0.5
     else:
@@ -118,54 +125,52 @@ def test_an_absolute_error_keeps_the_size_that_it_had_at_first(name):
     memory = rule.learn(memory, a, g, VISIBLE)
     torch.testing.assert_close(memory[:, 0, 0], f.norm(dim=(-2, -1)).mean(0))
     assert torch.equal(rule.learn(memory, a, 5 * g, VISIBLE), memory)
-    small = 0.01 * g
-    error = rule(a, small, VISIBLE, memory) - 0.01 * f
+    error = rule(a, 0.01 * g, VISIBLE, memory) - 0.01 * f
     torch.testing.assert_close(error.norm(dim=(-2, -1)), (0.75 * memory[:, 0, 0]).expand(B, H))
 
 
-@pytest.mark.parametrize(
-    "rule, half, other",
-    [("diagonal", "row_constant", "balanced_evenly"), ("zero", "zero_row_constant", "zero_row_rest")],
-)
-def test_the_error_of_a_local_rule_is_its_mean_over_a_row_and_the_rest(rule, half, other):
+@pytest.mark.parametrize("base, constant, rest", [
+    ("diagonal", "row_constant diagonal", "balanced_evenly"),
+    ("zero", "row_constant zero", "row_rest zero")])
+def test_the_error_of_a_local_rule_is_its_mean_over_a_row_and_the_rest(base, constant, rest):
     a, g, exact = maps()
-    error, constant, rest = (SOFTMAX_BACKWARD[name](a, g, VISIBLE) - exact for name in (rule, half, other))
+    error, constant, rest = (send(name, a, g) - exact for name in (base, constant, rest))
     torch.testing.assert_close(constant + rest, error)
-    torch.testing.assert_close(rest.sum(-1), torch.zeros(B, H, T, dtype=torch.float64), atol=1e-12, rtol=0)
-    torch.testing.assert_close(constant, error.sum(-1, keepdim=True) / VISIBLE.sum(-1, keepdim=True) * VISIBLE)
+    assert rest.sum(-1).abs().max() < 1e-12
+    mean = error.sum(-1, keepdim=True) / VISIBLE.sum(-1, keepdim=True)
+    torch.testing.assert_close(constant, mean * VISIBLE)
 
 
 @pytest.mark.parametrize("after", [500, 2000])
-@pytest.mark.parametrize("then", ["diagonal", "zero", *HALVES])
+@pytest.mark.parametrize("then", TRANSPLANTS, ids=" ".join)
 def test_a_transplant_is_exact_until_its_iteration_and_then_another_rule(after, then):
+    assert {*HALVES} < {*TRANSPLANTS}
     a, g, exact = maps()
-    rule, other = PROBES[f"full_{after}_then_{then}"], SOFTMAX_BACKWARD[then](a, g, VISIBLE)
+    rule, other = PROBES[probe_name(*then, after=after)], send(probe_name(*then), a, g)
     memory = rule.start(CONFIG)
     assert not torch.allclose(exact, other)
     for step in range(after + 2):
         if step in (0, after - 1, after, after + 1):
-            torch.testing.assert_close(rule(a, g, VISIBLE, memory), exact if step < after else other)
+            sent = rule(a, g, VISIBLE, memory)
+            torch.testing.assert_close(sent, exact if step < after else other)
         memory = rule.learn(memory, a, g, VISIBLE)
 
 
-def test_a_transplant_counts_training_iterations_whatever_is_measured_between_them():
-    task = RecallTask(n_keys=3, n_values=2, n_pairs=2, n_queries=2)
-    rule = "full_500_then_zero"
-    config = LocalGPTConfig(task.block_size, task.vocab_size, 2, 2, 8, method="bp", softmax_backward=rule)
-    run = train(config, 7, 1e-2, 4, 0, task, 3, symptoms, directory=None, progress=False)
-    assert [block.attn.attn_weights.memory.item() for block in run.model.blocks] == [7, 7]
-
-
-@pytest.mark.parametrize("name", ["zero_as_noise", "error_random_fresh", "error_row_fresh_absolute"])
-def test_what_is_random_is_fresh_for_each_layer_and_step_and_disturbs_nothing(name):
-    task = RecallTask(n_keys=3, n_values=2, n_pairs=2, n_queries=2)
-    config = LocalGPTConfig(task.block_size, task.vocab_size, 2, 2, 8, method="bp", softmax_backward=name)
-    often, once = (
-        train(config, 6, 1e-2, 4, 0, task, every, symptoms, directory=None, progress=False) for every in (1, 6)
-    )
-    for parameter, other in zip(often.model.parameters(), once.model.parameters(), strict=True):
-        assert torch.equal(parameter, other), "measuring more often changes the run"
-    model, (x, y) = LocalGPT(config), task.batch(task.block_size, 4, torch.Generator().manual_seed(0), "cpu")
+@pytest.mark.parametrize("name", ["zero after 500", "as_noise zero", "error_random_fresh",
+                                  "error_row_fresh_absolute", "as_remembered diagonal"])
+def test_to_measure_more_often_changes_no_run(name):
+    config = LocalGPTConfig(TASK.block_size, TASK.vocab_size, 2, 2, 8, method="bp",
+                            softmax_backward=name)
+    often, once = (train(config, 6, 1e-2, 4, 0, TASK, every, symptoms, directory=None)
+                   for every in (1, 6))
+    assert often.model.state_dict().keys() == once.model.state_dict().keys()
+    for one, other in zip(often.model.state_dict().values(), once.model.state_dict().values(),
+                          strict=True):
+        assert torch.equal(one, other)
+    if "after" in name:
+        counts = [block.attn.attn_weights.memory.item() for block in often.model.blocks]
+        assert counts == [6, 6], "it counts iterations of training"
+    model, x = LocalGPT(config), torch.arange(12).view(2, 6) % 5
     state = torch.get_rng_state()
-    model(x, y)[1].backward()
+    model(x, x)[1].backward()
     assert torch.equal(torch.get_rng_state(), state), "it draws from the numbers of others"
