@@ -1,5 +1,6 @@
 // Code that is not the lesson is folded; one switch, which every page remembers, shows all of it.
-const folds = document.querySelectorAll("article details.hide:has(> .cell_input):not(.tag_hide-cell > *)")
+const folds = document.querySelectorAll(
+  "article details.hide:has(> .cell_input):not(.tag_hide-cell > *)")
 if (folds.length) {
   const button = document.createElement("button")
   const show = (on) => {
@@ -11,7 +12,7 @@ if (folds.length) {
   button.addEventListener("click", () => {
     const on = button.getAttribute("aria-pressed") != "true"
     show(on)
-    try { localStorage.setItem("show-code", on) } catch {}  // a reader may keep pages from storing anything
+    try { localStorage.setItem("show-code", on) } catch {}  // a reader may forbid pages to store
   })
   document.querySelector("article h1").after(button)
   let stored
@@ -19,34 +20,11 @@ if (folds.length) {
   show(stored == "true")
 }
 
-// What a term or a citation means, under the pointer and for the keyboard. It stays while the pointer is on it.
-for (const link of document.querySelectorAll("article a.reference[href*='#']")) {
-  const text = document.getElementById(`explains-${decodeURIComponent(link.hash.slice(1))}`)
-  if (!text?.showPopover || text.contains(link)) continue
-  let leaving
-  const show = () => {
-    clearTimeout(leaving)
-    if (text.matches(":popover-open")) return
-    text.showPopover()
-    const box = link.getClientRects()[0]
-    text.style.left = `${Math.max(8, Math.min(box.left, innerWidth - text.offsetWidth - 8)) + scrollX}px`
-    text.style.top = `${(box.bottom + text.offsetHeight > innerHeight ? box.top - text.offsetHeight : box.bottom) + scrollY}px`
-  }
-  const hide = () => text.hidePopover()
-  link.setAttribute("aria-describedby", text.id)
-  for (const part of [link, text]) {
-    part.addEventListener("pointerenter", (event) => event.pointerType == "mouse" && show())
-    part.addEventListener("pointerleave", () => { leaving = setTimeout(hide, 200) })
-  }
-  link.addEventListener("focus", show)
-  link.addEventListener("blur", hide)
-  link.addEventListener("keydown", (event) => event.key == "Escape" && hide())
-}
-
 // What a page needs to be used by keyboard and heard by screen reader.
 addEventListener("load", async () => {
   await window.MathJax?.startup.promise
-  // A reference is a link inside a picture that MathJax hides in favour of a text without the link: the other way round.
+  // A reference is a link inside a picture, which MathJax hides in favour of a text without the
+  // link: the other way round.
   for (const svg of document.querySelectorAll("mjx-container svg:has(a)")) {
     const text = svg.nextElementSibling
     text.setAttribute("aria-hidden", "true")
@@ -54,17 +32,13 @@ addEventListener("load", async () => {
     svg.removeAttribute("role")
     svg.querySelector("a").setAttribute("aria-label", `equation ${text.textContent}`)
   }
-  // What scrolls can be reached by Tab, and so scrolled with the arrow keys; a shade says that there is more.
-  const shade = (box) => box.classList.toggle("more", box.scrollLeft + box.clientWidth < box.scrollWidth - 2)
+  // What scrolls can be reached by Tab, and so scrolled with the arrow keys.
   const observer = new ResizeObserver((entries) => {
     for (const {target: box} of entries) {
-      box.tabIndex = box.scrollWidth > box.clientWidth || box.scrollHeight > box.clientHeight ? 0 : -1
-      shade(box)
+      const scrolls = box.scrollWidth > box.clientWidth || box.scrollHeight > box.clientHeight
+      box.tabIndex = scrolls ? 0 : -1
     }
   })
   const boxes = "pre, div.output.text_html, .table, .table-wrapper, figure.align-default, div.math"
-  for (const box of document.querySelectorAll(boxes)) {
-    observer.observe(box)
-    box.addEventListener("scroll", () => shade(box), {passive: true})
-  }
+  for (const box of document.querySelectorAll(boxes)) observer.observe(box)
 })
