@@ -42,7 +42,7 @@ EXPLORER = [str(ROOT / "data" / f"explorer-{name}.js") for name in ("data", "bp"
 html_static_path = ["_static", str(MATHJAX / "tex-svg.js"), *EXPLORER]
 html_css_files = ["report.css"]
 html_js_files = ["report.js"]
-html_show_search_summary = False  # it would fetch every page found, which a browser refuses to a file
+html_show_search_summary = False  # it would fetch pages, which a browser refuses to a file
 mathjax_path = "tex-svg.js"
 mathjax3_config = {
     "tex": {"tags": "ams"},
