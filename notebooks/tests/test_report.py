@@ -20,8 +20,8 @@ from axe_playwright_python.sync_playwright import Axe
 from bs4 import BeautifulSoup
 from playwright.sync_api import Browser, Locator, Page
 
-from helpers import COLORS, RULE_NAMES, Run, capture_batch, load_corpus, split_softmax_gradient
-from helpers import train, twin
+import helpers
+from helpers import COLORS, RULE_NAMES, load_corpus, split_softmax_gradient
 from model_local import SOFTMAX_BACKWARD, LocalGPT, LocalGPTConfig
 from pages import efforts, solutions
 
@@ -155,7 +155,7 @@ def test_images_load_and_are_described(visit: Visit) -> None:
     assert not found
 
 
-@pytest.mark.parametrize("width", [390, 820, 1010, 1100, 1199, 1280])
+@pytest.mark.parametrize("width", [390, 820, 1010, 1199, 1210, 1400])
 def test_no_page_scrolls_sideways(visit: Visit, width: int) -> None:
     visit.page.set_viewport_size({"width": width, "height": 844})
     # furo lets nothing widen a narrow page: all of its text scrolls sideways instead, in .content
@@ -289,15 +289,15 @@ CORPUS = load_corpus()
 
 
 @cache
-def trained(method: str) -> Run:
+def trained(method: str) -> helpers.Run:
     config = LocalGPTConfig(vocab_size=CORPUS.vocab_size, method=method)
-    return train(config, 500, seed=1337, data=CORPUS, progress=False)
+    return helpers.train(config, 500, seed=1337, data=CORPUS, progress=False)
 
 
 def attention_and_error(model: LocalGPT, text: str) -> tuple[torch.Tensor, torch.Tensor]:
     """A and g of every head (L*H, T, T), in float64."""
     ids = CORPUS.encode(text)
-    layers = capture_batch(model, ids[None, :-1], ids[None, 1:])
+    layers = helpers.capture_batch(model, ids[None, :-1], ids[None, 1:])
     a = torch.cat([layer.attn[0] for layer in layers]).double()
     return a, torch.cat([layer.grad[0] for layer in layers]).double().tril()
 
@@ -355,15 +355,21 @@ PAGE_RUN = """([texts, method, rule]) => {
 }"""
 
 
+@pytest.fixture(scope="module")
+def models_page(browser: Browser) -> Iterator[Page]:
+    page, _ = visit_page(browser, "explorer.html")
+    for name in ("model", "bp", "fa"):
+        page.add_script_tag(url=f"_static/explorer-{name}.js")
+    yield page
+    page.context.close()
+
+
 @pytest.mark.parametrize("method", ["bp", "fa"])
 @pytest.mark.parametrize("rule", RULE_NAMES)
-def test_the_page_s_passes_are_those_of_pytorch(explorer: Visit, method: str, rule: str) -> None:
-    if not explorer.page.evaluate(f"globalThis.EXPLORER_WEIGHTS?.{method} != null"):
-        for name in ("model", method):
-            explorer.page.add_script_tag(url=f"_static/explorer-{name}.js")
+def test_the_page_s_passes_are_those_of_pytorch(models_page: Page, method: str, rule: str) -> None:
     texts = [known("To be, or not to be, that is the question: 3"), CORPUS.decode(CORPUS.val[:65])]
-    model = twin(trained(method).model, softmax_backward=rule)
-    runs = explorer.page.evaluate(PAGE_RUN, [texts, method, rule])
+    model = helpers.twin(trained(method).model, softmax_backward=rule)
+    runs = models_page.evaluate(PAGE_RUN, [texts, method, rule])
     for text, found in zip(texts, runs, strict=True):
         rows, columns = torch.tril_indices(len(text) - 1, len(text) - 1)
         for name, maps in zip("ag", attention_and_error(model, text), strict=True):
@@ -423,7 +429,7 @@ def test_one_s_own_text_is_read_or_refused(explorer: Visit) -> None:
     page.locator("#explorer-head label").nth(6).click()
     move(page.locator("#explorer-query"), 20)
     page.wait_for_timeout(500)
-    model = twin(trained("fa").model, softmax_backward="diagonal")
+    model = helpers.twin(trained("fa").model, softmax_backward="diagonal")
     assert_row(page, *(maps[6, 20, :21] for maps in attention_and_error(model, text)))
     page.locator("#explorer-presets button").first.click()
     assert not explorer.trouble
@@ -505,7 +511,8 @@ def test_every_part_of_the_five_keys_moves(browser: Browser, address: str) -> No
     page.mouse.move(x + 3, y + 30, steps=5)
     page.mouse.up()
     page.mouse.move(x, y)  # let go, it stays
-    assert circle.bounding_box()["y"] + box["height"] / 2 == pytest.approx(y + 30, abs=1)
+    box = circle.bounding_box()
+    assert box["y"] + box["height"] / 2 == pytest.approx(y + 30, abs=1)
     value = float(slider("error of key 2").get_attribute("aria-valuenow"))
     assert value < errors[1]
     errors[1] = value

@@ -2,7 +2,7 @@
    softmax-rules.js, and losses by the iteration. Each takes the place of its static picture; what
    they draw is stored in the page by the notebook. */
 "use strict";
-const ESSAY = (() => {
+(() => {
   const ITERATIONS = 200, RATE = 0.1;
   // Of a panel, in its own units: the drawing is WIDTH or NARROW wide, with room for an axis.
   const WIDTH = 320, NARROW = 240, HEIGHT = 170, LEFT = 42, FOOT = 18, HEAD = 22;
@@ -256,12 +256,11 @@ const ESSAY = (() => {
       element("div", {class: "controls"}, element("label", {}, "Losses ", output, input)),
       element("p", {class: "legend"}, ...legend),
       element("div", {class: "panels three"}, ...drawn.map(({svg}) => svg)),
-      element("p", {class: "axis"}, "validation loss (nats) against the learning rate"));
+      element("p", {}, "validation loss (nats) against the learning rate"));
     update();
   }
 
   const data = (name) => JSON.parse(document.getElementById(name).textContent);
   fiveKeys(data("five-keys"));
   rates(data("rates"));
-  return {descend};
 })();
