@@ -1,5 +1,6 @@
 """What makes the pages: notebooks are executed, solutions added, and all put into one file."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,8 @@ def execute(tmp_path):
         cells = [new_code_cell(source, metadata=options) for source in sources]
         nbformat.write(new_notebook(cells=cells), path)
         command = [sys.executable, EXECUTE, path]
-        return subprocess.run(command, capture_output=True, text=True, check=False), path
+        env = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+        return subprocess.run(command, capture_output=True, text=True, env=env, check=False), path
 
     return execute
 
