@@ -1,4 +1,4 @@
-"""Put a page and all that it needs into one file, to send round: single_file.py PAGE.html TARGET.html"""
+"""Put a page and all that it needs into one file: single_file.py PAGE.html TARGET.html"""
 
 import base64
 import mimetypes
@@ -34,9 +34,11 @@ def inline(page):
         style.string = neighbour(page, link["href"]).read_text(encoding="utf-8")
         link.replace_with(style)
     for script in soup.find_all("script", src=True):
+        code = neighbour(page, script["src"]).read_text(encoding="utf-8")
         # A closing tag inside a string would end the script.
-        script.string = neighbour(page, script["src"]).read_text(encoding="utf-8").replace("</script", r"<\/script")
-        if script.has_attr("defer") or script.has_attr("async"):  # it waits for the page, which an inline one cannot
+        script.string = code.replace("</script", r"<\/script")
+        # One that waits for the page, which an inline script cannot, comes last.
+        if script.has_attr("defer") or script.has_attr("async"):
             soup.body.append(script.extract())
         del script["src"], script["defer"], script["async"]
     for image in soup.find_all("img", src=True):
@@ -44,7 +46,8 @@ def inline(page):
             image["src"] = data_address(path)
     for link in soup.select("a.download"):
         link.unwrap()  # a table beside the page
-    for link in soup.select('a[href^="#document-"]'):  # Sphinx writes #document-PAGE#anchor; the anchor is on this page
+    # Sphinx writes #document-PAGE#anchor; the anchor is on this page.
+    for link in soup.select('a[href^="#document-"]'):
         if (anchor := link["href"].find("#", 1)) > 0:
             link["href"] = link["href"][anchor:]
     return str(soup)

@@ -1,0 +1,45 @@
+/* For the front page and the explorer. What the softmax sends back under every rule: dL/ds of a row
+   from its weights a and errors g, as model_local.py has it; and its name in plain words. */
+"use strict";
+const sum = (row) => row.reduce((total, x) => total + x, 0);
+
+/* Never as HTML: the words may be those of any text. */
+function element(tag, attributes, ...content) {
+  const isShape = ["svg", "g", "rect", "line", "path", "text", "circle"].includes(tag);
+  const space = isShape ? "http://www.w3.org/2000/svg" : "http://www.w3.org/1999/xhtml";
+  const made = document.createElementNS(space, tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  made.append(...content);
+  return made;
+}
+
+const SOFTMAX_RULES = (() => {
+  const lateral = (a, g) => sum(a.map((w, i) => w * g[i]));
+  const mean = (a, g) => sum(g) / g.length;
+  const zero = () => 0;
+  function baseline(slope, of) {
+    return (a, g) => {
+      const c = of(a, g);
+      return a.map((w, i) => w * (slope ? 1 - w : 1) * (g[i] - c));
+    };
+  }
+  const diagonal = baseline(true, zero);
+  function evenly(a, g) {
+    return diagonal(a, g).map((d, i, all) => d - sum(all) / all.length);
+  }
+  function byAttention(a, g) {
+    return diagonal(a, g).map((d, i, all) => d - a[i] * sum(all));
+  }
+  return {
+    full: {name: "minus the lateral sum: exact", send: baseline(false, lateral)},
+    diagonal: {name: "own error only", send: diagonal},
+    zero: {name: "no baseline", send: baseline(false, zero)},
+    mean: {name: "minus the plain mean", send: baseline(false, mean)},
+    diagonal_mean: {name: "own slope, minus the mean", send: baseline(true, mean)},
+    diagonal_lateral: {name: "own slope, minus the sum", send: baseline(true, lateral)},
+    balanced_evenly: {name: "balanced evenly", send: evenly},
+    balanced_by_attention: {name: "balanced by attention", send: byAttention},
+    ste: {name: "passed straight through", send: (a, g) => g},
+    none: {name: "nothing sent back", send: (a) => a.map(zero)},
+  };
+})();
