@@ -24,7 +24,7 @@ import uuid
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
 from numbers import Integral, Real
@@ -46,7 +46,6 @@ from scipy.stats import t as student_t
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 import model_local
@@ -509,127 +508,91 @@ def _load_checkpoint(path: Path, settings: str) -> dict | None:
 # --------------------------------------------------------------------------------------------------
 
 
-class _OneBlock(AbstractContextManager):
-    """A context manager for one ``with`` block: entered again, it says so (those of contextlib lack an attribute)."""
-
-    def __init__(self, name: str, manager: AbstractContextManager) -> None:
-        self.name, self.manager, self.entered = name, manager, False
-
-    def __enter__(self):
-        if self.entered:
-            raise RuntimeError(f"entered a second time: call {self.name} anew for each 'with' block")
-        self.entered = True
-        return self.manager.__enter__()
-
-    def __exit__(self, *exception) -> bool | None:
-        return self.manager.__exit__(*exception)
-
-
-def _for_one_block(generator: Callable[..., Iterator]) -> Callable[..., _OneBlock]:
-    """``contextlib.contextmanager``, but of a ``_OneBlock``."""
-    manager = contextmanager(generator)
-
-    @functools.wraps(generator)
-    def begin(*args, **kwargs) -> _OneBlock:
-        return _OneBlock(generator.__name__, manager(*args, **kwargs))
-
-    return begin
-
-
 class CapturedAttention:
-    """One attention of a model, a softmax over keys, in the forward and backward passes that a capture has seen.
+    """One attention of a model, a softmax over keys, in the passes that a capture has seen.
 
-    ``sums`` are what ``head_energy`` needs of all passes whose gradients arrived. Where maps are kept in their place,
-    ``scores``, ``attn``, ``grad = dL/dA`` (B, H, T_q, T_k) and ``visible`` are those of the pass whose gradient arrived
-    last, or of a later forward pass; never parts of two. Reading what was not captured is a RuntimeError that says why.
+    ``sums`` are those of all passes whose gradients arrived, see ``head_sums``. Where maps are kept
+    in their place, ``scores`` (``-inf`` where the query may not see the key), ``attn``, ``grad`` =
+    dL/dA (B, H, T_q, T_k) and ``visible`` (boolean, may be broadcast to that) are those of the pass
+    whose gradient arrived last, or of a later forward pass; never parts of two. Reading what was
+    not captured is a RuntimeError that says why.
     """
 
+    scores = property(lambda self: self._map("scores"))
+    attn = property(lambda self: self._map("attn"))
+    visible = property(lambda self: self._map("visible"))
+    grad = property(lambda self: self._map("grad"))
+
     def __init__(self, name: str, keep_maps: bool) -> None:
-        self.name = name
-        self.keep_maps = keep_maps
-        self._sums: list[HeadSums] = []
-        self._maps: tuple[Tensor | None, ...] | None = None
+        self.name, self.keep_maps = name, keep_maps
+        self.is_open = True  # gradients that arrive after the 'with' block are not taken in
+        self._sums: list[Tensor] = []
+        self._maps: dict[str, Tensor] = {}
         self._why_no_grad = ""
-        self._open = True
 
     @property
-    def scores(self) -> Tensor:
-        """Masked scores: ``-inf`` where the query may not see the key."""
-        return self._seen()[0]
-
-    @property
-    def attn(self) -> Tensor:
-        return self._seen()[1]
-
-    @property
-    def visible(self) -> Tensor:
-        """True where the query (row) may see the key (column); may be broadcast to the shape of ``attn``."""
-        return self._seen()[2]
-
-    @property
-    def grad(self) -> Tensor:
-        grad = self._seen()[3]
-        if grad is None:
-            raise self._no_grad()
-        return grad
-
-    @property
-    def sums(self) -> HeadSums:
+    def sums(self) -> Tensor:
         if self.keep_maps:
             return head_sums(self.attn, self.grad, self.visible)
         if not self._sums:
             raise self._no_grad()
-        return HeadSums.of_all(self._sums)
+        return torch.cat(self._sums)
 
-    def _seen(self) -> tuple[Tensor | None, ...]:
+    def _map(self, name: str) -> Tensor:
         if not self.keep_maps:
-            raise RuntimeError(f"the maps of {self.name!r} were not kept: ask for capture_attention(model, maps=True)")
-        return self._maps
+            raise RuntimeError(
+                f"the maps of {self.name!r} were not kept: "
+                "ask for capture_attention(model, maps=True)")
+        if name not in self._maps:
+            raise self._no_grad()
+        return self._maps[name]
 
     def _no_grad(self) -> RuntimeError:
-        return RuntimeError(f"no gradient reached the attention weights of {self.name!r}: {self._why_no_grad}")
+        return RuntimeError(
+            f"no gradient reached the attention weights of {self.name!r}: {self._why_no_grad}")
 
-    def watch(self, scores: Tensor, attn: Tensor, visible: Tensor) -> Tensor:
-        """Take note of a forward pass; the weights that are returned tell of their gradient when it arrives."""
-        scores = scores.detach() if self.keep_maps else None
+    def watch_weights(self, scores: Tensor, attn: Tensor, visible: Tensor) -> Tensor:
+        """``attn``, which from here on tells of its gradient."""
+        scores = scores.detach() if self.keep_maps else None  # else the graph would keep them alive
         if self.keep_maps:
-            self._maps = scores, attn.detach(), visible, None
-        return self._watched(attn, functools.partial(self._arrived, scores), attn.detach(), visible)
+            self._maps = {"scores": scores, "attn": attn.detach(), "visible": visible}
 
-    def watch_fused(self, out: Tensor, call: _FusedCall) -> Tensor:
-        """The same of a fused attention's output, where no maps are to be kept."""
-        arrived = functools.partial(self._arrived_at_output, call._replace(query=None, key=None, value=None))
-        mask = None if call.attn_mask is None else call.attn_mask.detach()
-        return self._watched(out, arrived, *(x.detach() for x in call[:3]), mask)
+        def arrived(grad: Tensor, attn: Tensor, visible: Tensor) -> None:
+            sees_some = visible.any(-1, keepdim=True)
+            if not sees_some.all():  # a padded query, whatever the model makes of it
+                attn = attn.masked_fill(~sees_some, 0.0)
+            if self.keep_maps:
+                self._maps = {"scores": scores, "attn": attn, "visible": visible, "grad": grad}
+            else:
+                self._sums.append(head_sums(attn, grad, visible))
 
-    def close(self) -> None:
-        """Gradients that arrive later are not taken in."""
-        self._open = False
+        return self._watch(attn, arrived, attn.detach(), visible)
 
-    def _watched(self, x: Tensor, arrived: Callable[..., None], *seen: Tensor | None) -> Tensor:
-        self._why_no_grad = "the forward pass ran under torch.no_grad(), or every parameter is frozen"
+    def watch_output(self, out: Tensor, call: _FusedCall) -> Tensor:
+        """The same of a fused attention's output: its gradient tells that of the weights."""
+        tensors = [x if x is None else x.detach() for x in call[:4]]
+        options = call._replace(query=None, key=None, value=None, attn_mask=None)
+
+        def arrived(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> None:
+            call = options._replace(query=query, key=key, value=value, attn_mask=mask)
+            self._sums.append(sum(head_sums(*tile) for tile in _tiles(call, grad)))
+
+        return self._watch(out, arrived, *tensors)
+
+    def _watch(self, x: Tensor, arrived: Callable[..., None], *seen: Tensor | None) -> Tensor:
         if not x.requires_grad:
+            self._why_no_grad = "the forward pass ran under torch.no_grad(), "
+            self._why_no_grad += "or every parameter is frozen"
             return x
-        self._why_no_grad = "call loss.backward() inside the 'with' block, on a loss that depends on this layer"
-        return _Watched.apply(x, lambda *seen: arrived(*seen) if self._open else None, *seen)
-
-    def _arrived(self, scores: Tensor | None, grad: Tensor, attn: Tensor, visible: Tensor) -> None:
-        if not (some := visible.any(-1, keepdim=True)).all():  # a padded query, whatever the model makes of it
-            attn = attn.masked_fill(~some, 0.0)
-        if self.keep_maps:
-            self._maps = scores, attn, visible, grad
-        else:
-            self._sums.append(head_sums(attn, grad, visible))
-
-    def _arrived_at_output(self, call: _FusedCall, grad: Tensor, query, key, value, mask) -> None:
-        call = call._replace(query=query, key=key, value=value, attn_mask=mask)
-        self._sums.append(_sums_of(_tiles(call, grad)))
+        self._why_no_grad = "call loss.backward() inside the 'with' block, "
+        self._why_no_grad += "on a loss that depends on this layer"
+        return _Watched.apply(x, lambda *seen: arrived(*seen) if self.is_open else None, *seen)
 
 
 class _Watched(torch.autograd.Function):
     """A tensor, unchanged, whose gradient is seen as it passes by: ``arrived(gradient, *seen)``.
 
-    What ``arrived`` is given lies in the graph, and nowhere else: it is freed, offloaded or recomputed with it.
+    ``seen`` lies in the graph and nowhere else: it is freed, offloaded or recomputed with it.
     """
 
     @staticmethod
@@ -640,46 +603,54 @@ class _Watched(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        seen = ctx.saved_tensors
+        seen = ctx.saved_tensors  # read once: a checkpoint may recompute them for it
         ctx.arrived(grad.detach(), *seen)
         return grad, None, *(None for _ in seen)
 
 
 class _Softmaxes(TorchFunctionMode):
-    """While a module of ``model`` is at work, every softmax over keys in it goes through one of two methods.
+    """While a module of ``model`` is at work, every softmax over keys in it is made by ``weights``.
 
-    A mode is off inside its own handlers, so whatever these call is seen by an outer mode alone; captures and rules can
-    be nested in any order. Each module's hooks tell that it is at work: so the mode is on as well where activations are
-    computed again in the backward pass.
+    A TorchFunctionMode is offered every call of a PyTorch function, by whatever name the model has
+    imported it. It is off inside its own handlers: what these call is seen by an outer mode alone,
+    so captures and rules can be nested in any order.
     """
 
     def __init__(self, model: nn.Module, only: str) -> None:
         super().__init__()
         self.model, self.only = model, only
         self.at_work: list[str] = []  # names of modules, the innermost last
+        self.used: Counter[str] = Counter()  # how many attentions a module has had in this pass
         self.has_run = False
+
+    def weights(self, scores, visible, activation, send_back=None) -> Tensor:
+        """``activation(scores)``, or with a way back of its own ``attention_weights(...)``."""
+        raise NotImplementedError
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        handles: list[RemovableHandle] = []
         for name, module in self.model.named_modules():
-            if hasattr(module, "_orig_mod") or module._compiled_call_impl:  # torch.compile(m), m.compile()
+            if hasattr(module, "_orig_mod") or module._compiled_call_impl:
                 raise ValueError(
-                    f"{name or type(module).__name__!r} is compiled, and nothing inside it can be seen: "
-                    "use the model as it was before torch.compile"
-                )
-        try:
+                    f"{name or type(module).__name__!r} is compiled, and nothing inside it can be "
+                    "seen: use the model as it was before torch.compile")
+        with ExitStack() as hooks:  # which takes them off again, whatever happens
             for name, module in self.model.named_modules():
-                handles.append(module.register_forward_pre_hook(functools.partial(self._enter, name)))
-                handles.append(module.register_forward_hook(self._leave, always_call=True))
+                enter = functools.partial(self._enter, name)
+                hooks.enter_context(module.register_forward_pre_hook(enter))
+                hooks.enter_context(module.register_forward_hook(self._leave, always_call=True))
+            hooks.callback(self._end)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
+
+    # The mode is entered and left by hooks, not by one `with` around the block: so it is off for
+    # all that is not this model's, and on again where a checkpoint, in the backward pass, calls a
+    # module once more to recompute its activations. Between the two hooks there is no block that a
+    # `with` could hold, hence the bare __enter__ and __exit__.
 
     def _enter(self, name: str, module, inputs) -> None:
         if not self.at_work:
-            self.begin()
+            self.used.clear()
+            self.has_run = True
             self.__enter__()
         self.at_work.append(name)
 
@@ -688,30 +659,20 @@ class _Softmaxes(TorchFunctionMode):
         if not self.at_work:
             self.__exit__(None, None, None)
 
-    def begin(self) -> None:
-        """A new pass."""
-        self.has_run = True
-
-    def plain(self, softmax: Callable[[Tensor], Tensor], scores: Tensor, visible: Tensor) -> Tensor:
-        """The weights of a softmax that the model calls itself: ``softmax(scores)``."""
-        raise NotImplementedError
-
-    def written(self, scores: Tensor, visible: Tensor, activation: Callable, send_back: Callable) -> Tensor:
-        """Those of ``attention_weights``."""
-        raise NotImplementedError
-
-    def fused(self, attention: Callable[..., Tensor], *args, **kwargs) -> Tensor:
-        """The output of ``F.scaled_dot_product_attention``, in steps of which this sees each."""
-        with self:
-            return _attention_step_by_step(*args, **kwargs)
+    def _end(self) -> None:
+        if self.at_work:  # interrupted inside a module: PyTorch calls no hook then
+            self.at_work.clear()
+            self.__exit__(None, None, None)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        name = getattr(func, "__name__", None)
         if not re.search(self.only, self.at_work[-1]):
             return func(*args, **kwargs)
+        # Modes are offered PyTorch's own functions alone; attention_weights, which is ours, offers
+        # itself by torch.overrides.handle_torch_function.
         if func is attention_weights:
-            return self.written(*args, **kwargs)
-        name = getattr(func, "__name__", None)
+            return self.weights(*args, **kwargs)
         if name == "scaled_dot_product_attention":
             return self.fused(func, *args, **kwargs)
         if name == "multi_head_attention_forward":
@@ -720,17 +681,29 @@ class _Softmaxes(TorchFunctionMode):
             return self._softmax(func, *args, **kwargs)
         return func(*args, **kwargs)
 
-    def _softmax(self, func, input: Tensor, dim: int | None = None, *args, n_heads: int | None = None, **kwargs):
+    def fused(self, attention: Callable[..., Tensor], *args, **kwargs) -> Tensor:
+        """The output of ``F.scaled_dot_product_attention``, in steps of which this sees each."""
+        with self:
+            return _attention_step_by_step(*args, **kwargs)
+
+    def _softmax(self, func, input: Tensor, dim: int | None = None, *args, n_heads=None, **kwargs):
         """``n_heads``: of a softmax over scores (B * H, T_q, T_k)."""
         if dim not in (-1, input.dim() - 1) or (input.dim() != 4 and n_heads is None):
-            return func(input, dim, *args, **kwargs)  # of the experts of a mixture, for instance: no attention
+            return func(input, dim, *args, **kwargs)  # of a mixture's experts, say: no attention
         scores = input.view(-1, n_heads or input.shape[1], *input.shape[-2:])
-        attn = self.plain(lambda scores: func(scores, -1, *args, **kwargs), scores, scores > MASKED)
-        return attn.view_as(input)
+
+        def activation(scores: Tensor) -> Tensor:
+            return func(scores, -1, *args, **kwargs)
+
+        return self.weights(scores, scores > MASKED, activation).view_as(input)
 
     def _multi_head(self, func, query, key, value, embed_dim, num_heads, *args, **kwargs):
-        """PyTorch's function looks two names up where no mode is on: meanwhile they lead back here."""
-        softmax, attention = F.softmax, F.scaled_dot_product_attention  # those of an outer mode, if it came here first
+        """``F.multi_head_attention_forward``."""
+        # It looks the two functions up in F while it runs. This mode is off here, inside its own
+        # handler, and would not see them; to switch it on would call this handler again. So for
+        # the length of the call the two names lead back here. An outer mode may have put its own
+        # there before: that is what they then go on to.
+        softmax, attention = F.softmax, F.scaled_dot_product_attention
 
         def own_softmax(*args, **kwargs) -> Tensor:
             return self._softmax(softmax, *args, n_heads=num_heads, **kwargs)
@@ -739,15 +712,17 @@ class _Softmaxes(TorchFunctionMode):
             with self:
                 return attention(*args, **kwargs)
 
-        with mock.patch.multiple(F, softmax=own_softmax, scaled_dot_product_attention=own_attention):
+        own = {"softmax": own_softmax, "scaled_dot_product_attention": own_attention}
+        with mock.patch.multiple(F, **own):
             return func(query, key, value, embed_dim, num_heads, *args, **kwargs)
 
 
-MASKED = torch.finfo(torch.float16).min / 2  # a score below says that the key is hidden: -inf, or the least of a type
+MASKED = torch.finfo(torch.float16).min / 2  # a score below hides its key: -inf, or a type's least
+TILE = 2**21  # pairs of a query and a key whose maps are made at once: 8 MB each in float32
 
 
 class _FusedCall(NamedTuple):
-    """What ``F.scaled_dot_product_attention`` is called with, as its kernels take it: see there for the arguments."""
+    """What ``F.scaled_dot_product_attention`` is called with: see there for the arguments."""
 
     query: Tensor
     key: Tensor
@@ -760,29 +735,32 @@ class _FusedCall(NamedTuple):
 
     def cast(self) -> _FusedCall:
         """To the type that autocast would choose."""
-        query, key, value, device = *self[:3], self.query.device.type
-        if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
-            query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+        device = self.query.device.type
+        if self.query.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+            return self
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in self[:3])
         return self._replace(query=query, key=key, value=value)
 
     def in_full(self) -> _FusedCall:
-        """As the kernels compute, which round their results alone to half precision; each query's head has its keys."""
+        """As the kernels compute: in float32 at least, and each head of queries with its keys."""
         query, key, value = (x.float() if torch.finfo(x.dtype).bits < 32 else x for x in self[:3])
-        if self.enable_gqa:
-            key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], dim=-3) for x in (key, value))
+        if self.enable_gqa:  # query heads 0, 1, ... share the first head of the keys, and so on
+            n = query.shape[-3] // key.shape[-3]
+            key, value = key.repeat_interleave(n, dim=-3), value.repeat_interleave(n, dim=-3)
         scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
         return self._replace(query=query, key=key, value=value, scale=scale, enable_gqa=False)
 
     def scores(self, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """Of the queries in ``rows``, masked by ``-inf``, and which keys they see; causal ones up to the last seen."""
+        """Of the queries in ``rows``, masked by ``-inf``, and which keys they see."""
+        # causal scores end with the last key that one of the queries sees
         keys = slice(rows.stop if self.is_causal else None)
         scores = self.query[..., rows, :] @ self.key[..., keys, :].mT * self.scale
-        T_q, T_k = self.query.shape[-2], self.key.shape[-2]
         visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
         if self.is_causal:
             visible = visible.tril(rows.start or 0)
         if self.attn_mask is not None:
-            mask = self.attn_mask.expand(*self.attn_mask.shape[:-2], T_q, T_k)[..., rows, keys]
+            whole = self.query.shape[-2], self.key.shape[-2]
+            mask = self.attn_mask.expand(*self.attn_mask.shape[:-2], *whole)[..., rows, keys]
             if mask.dtype == torch.bool:
                 visible = visible & mask
             else:
@@ -790,36 +768,34 @@ class _FusedCall(NamedTuple):
         return scores.masked_fill(~visible, -math.inf), visible
 
 
-TILE = 2**21  # pairs of a query and a key whose maps are made at once: 8 MB each in float32
-
-
+@torch.no_grad()
 def _tiles(call: _FusedCall, grad_out: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Weights, their gradient and the visible keys, of so many queries at a time that ``TILE`` holds their maps.
+    """Weights, their gradient and the visible keys, of as many queries at a time as ``TILE`` holds.
 
-    Both maps follow from what a fused attention is given: ``A = softmax(scores)`` and ``dL/dA = dO V^T``. Weights end
-    where a causal mask hides all further keys, their gradient does not.
+    Both maps follow from what a fused attention is given: ``A = softmax(scores)`` and
+    ``dL/dA = dO V^T``. Weights end where a causal mask hides all further keys, dL/dA does not.
     """
-    call = call.in_full()
-    query, key, value, grad_out = (x.view(*(1,) * (4 - x.dim()), *x.shape) for x in (*call[:3], grad_out))
-    call = call._replace(query=query, key=key, value=value)
-    B, H, T_q, _ = grad_out.shape
+    query, key, value, grad_out = (  # (B, H, T, D), also of an attention without a batch
+        x[(None,) * (4 - x.dim())] for x in (*call.in_full()[:3], grad_out))
+    call = call.in_full()._replace(query=query, key=key, value=value)
+    B, H, T_q, _ = query.shape
     n = max(1, TILE // (B * H * key.shape[-2]))
     for start in range(0, T_q, n):
         rows = slice(start, start + n)
         with torch.autocast(query.device.type, enabled=False):
             scores, visible = call.scores(rows)
             attn, grad = _softmax_or_nothing(scores), grad_out[:, :, rows].to(value) @ value.mT
-        yield attn, grad, visible.view(*(1,) * (4 - visible.dim()), *visible.shape)
+        yield attn, grad, visible
 
 
 def _attention_step_by_step(*args, **kwargs) -> Tensor:
-    """What ``F.scaled_dot_product_attention`` computes, by way of scores and weights that can be seen."""
+    """``F.scaled_dot_product_attention``, by way of scores and weights that can be seen."""
     call = _FusedCall(*args, **kwargs).cast()
     with torch.autocast(call.query.device.type, enabled=False):
         full = call.in_full()
         scores, visible = full.scores()
-        parted = scores.view(*(1,) * (4 - scores.dim()), *scores.shape)
-        attn = attention_weights(parted, visible, _softmax_or_nothing).view_as(scores)
+        batched = scores[(None,) * (4 - scores.dim())]
+        attn = attention_weights(batched, visible, _softmax_or_nothing).view_as(scores)
         return (F.dropout(attn, call.dropout_p) @ full.value).to(call.value.dtype)
 
 
@@ -829,66 +805,61 @@ def _softmax_or_nothing(scores: Tensor) -> Tensor:
 
 
 class _Capture(_Softmaxes):
-    """Shows every attention of a model to a ``CapturedAttention`` of its own, by the name of the module at work."""
+    """Shows every attention to a ``CapturedAttention``, by the name of the module at work."""
 
     def __init__(self, model: nn.Module, only: str, maps: bool) -> None:
         super().__init__(model, only)
         self.maps = maps
         self.layers: list[CapturedAttention] = []
-        self.used: Counter[str] = Counter()
 
-    def begin(self) -> None:
-        super().begin()
-        self.used.clear()
-
-    def plain(self, softmax, scores, visible):
-        return self._layer().watch(scores, softmax(scores), visible)
-
-    def written(self, scores, visible, activation, send_back):
-        return self._layer().watch(scores, attention_weights(scores, visible, activation, send_back), visible)
+    def weights(self, scores, visible, activation, send_back=None):
+        if send_back is None:
+            attn = activation(scores)
+        else:
+            attn = attention_weights(scores, visible, activation, send_back)
+        return self._layer().watch_weights(scores, attn, visible)
 
     def fused(self, attention, *args, **kwargs):
         call = _FusedCall(*args, **kwargs).cast()
-        if self.maps or call.dropout_p > 0:
+        if self.maps or call.dropout_p > 0:  # what dropout left, the kernel tells nobody
             return super().fused(attention, *args, **kwargs)
-        return self._layer().watch_fused(attention(**call._asdict()), call)
+        return self._layer().watch_output(attention(**call._asdict()), call)
 
     def _layer(self) -> CapturedAttention:
-        """That of the module at work."""
         name = self.at_work[-1]
         self.used[name] += 1
         if self.used[name] > 1:  # a module that is used again in the same pass is a further layer
             name = f"{name} ({self.used[name]})"
-        layer = next((layer for layer in self.layers if layer.name == name), None)
-        if layer is None:
-            layer = CapturedAttention(name, self.maps)
-            self.layers.append(layer)
-        return layer
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        self.layers.append(CapturedAttention(name, self.maps))
+        return self.layers[-1]
 
 
-@_for_one_block
-def capture_attention(model: nn.Module, maps: bool = False, only: str = "") -> Iterator[list[CapturedAttention]]:
-    """Record every attention of ``model``, an ordinary PyTorch transformer; yields a list that fills as it is used.
+@contextmanager
+def capture_attention(
+    model: nn.Module, maps: bool = False, only: str = ""
+) -> Iterator[list[CapturedAttention]]:
+    """Record every attention of ``model``, a PyTorch transformer; yields a list that fills.
 
-    An attention is a softmax over keys that runs in one of the model's modules, by ``F.scaled_dot_product_attention``,
-    ``nn.MultiheadAttention``, or any of PyTorch's softmax functions on scores (B, H, T_q, T_k); layers are named after
-    the module and come in their order of use. Each keeps what ``energy_table`` needs of every backward pass inside the
-    block, or if ``maps`` the maps of the last one. ``only`` is a regular expression that the names are to match.
+    An attention is a softmax over keys that runs in one of the model's modules, by
+    ``F.scaled_dot_product_attention``, ``nn.MultiheadAttention``, or any of PyTorch's softmax
+    functions on scores (B, H, T_q, T_k); layers are named after the module and come in their order
+    of use. Each keeps what ``energy_table`` needs of every backward pass inside the block, or if
+    ``maps`` the maps of the last one. ``only`` is a regular expression that names are to match.
 
-    Weights and gradients are those of the pass itself. Without ``maps`` and dropout, a fused attention stays fused, and
-    what the table needs follows from its inputs and the gradient at its output, see ``attention_energy``. For maps,
-    with dropout, and under a ``softmax_rule``, it is computed by the same formulas step by step instead.
+    Weights and gradients are those of the pass itself. A fused attention stays fused, but for maps,
+    with dropout and under a ``softmax_rule``: then it is computed by the same formulas in steps.
+    On leaving, also after an exception, the model and PyTorch are as they were. Raises ValueError
+    on a model that torch.compile has made a program of, RuntimeError if no attention was found.
 
-    On leaving, also after an exception, the model and PyTorch are as they were; what was captured stays readable.
-    Raises ValueError on a model that torch.compile has turned into a program, and RuntimeError on leaving if no
-    attention was found.
-
-    >>> model = LocalGPT(LocalGPTConfig(block_size=8, vocab_size=10, n_layer=2, n_head=2, n_embd=16))
+    >>> model = LocalGPT(LocalGPTConfig(block_size=8, vocab_size=10, n_layer=1, n_head=2, n_embd=8))
     >>> idx = torch.arange(8)[None]
     >>> with capture_attention(model, maps=True) as layers:
     ...     model(idx, idx)[1].backward()
     >>> [(layer.name, tuple(layer.grad.shape)) for layer in layers]
-    [('blocks.0.attn.attn_weights', (1, 2, 8, 8)), ('blocks.1.attn.attn_weights', (1, 2, 8, 8))]
+    [('blocks.0.attn.attn_weights', (1, 2, 8, 8))]
     """
     capture = _Capture(model, only, maps)
     try:
@@ -896,74 +867,64 @@ def capture_attention(model: nn.Module, maps: bool = False, only: str = "") -> I
             yield capture.layers
     finally:
         for layer in capture.layers:
-            layer.close()
+            layer.is_open = False
     if not capture.layers:
-        why = (
-            "none of PyTorch's softmaxes was called on scores (B, H, T_q, T_k)"
-            if capture.has_run
-            else "no module was called"
-        )
+        why = "none of PyTorch's softmaxes was called on scores (B, H, T_q, T_k)"
+        why = why if capture.has_run else "no module was called"
+        where = f" in a module whose name matches {only!r}" if only else ""
         raise RuntimeError(
-            f"{type(model).__name__}: no attention was seen inside the 'with' block: {why}"
-            f"{f' in a module whose name matches {only!r}' if only else ''}. A fused kernel that is called directly "
-            "cannot be seen: choose the model's eager or sdpa implementation"
-        )
+            f"{type(model).__name__}: no attention was seen inside the 'with' block: {why}{where}. "
+            "A fused kernel that is called directly cannot be seen: choose the model's eager or "
+            "sdpa implementation")
 
 
 class _Rule(_Softmaxes):
-    """Every attention sends its error back by ``send_back``."""
+    """Every attention sends its error back by ``rule``."""
 
-    def __init__(self, model: nn.Module, only: str, send_back: Rule) -> None:
+    def __init__(self, model: nn.Module, only: str, rule: Rule) -> None:
         super().__init__(model, only)
-        self.send_back = send_back
+        self.rule = rule
 
-    def plain(self, softmax, scores, visible):
-        return attention_weights(scores, visible, softmax, self._sent)
-
-    def written(self, scores, visible, activation, send_back):
+    def weights(self, scores, visible, activation, send_back=None):
         return attention_weights(scores, visible, activation, self._sent)
 
     @torch.no_grad()
     def _sent(self, attn: Tensor, grad: Tensor, visible: Tensor) -> Tensor | None:
-        sent = self.send_back(attn, grad, visible)
+        sent = self.rule(attn, grad, visible)
         return sent if sent is None else sent.masked_fill(~visible.any(-1, keepdim=True), 0.0)
 
 
-@_for_one_block
+@contextmanager
 def softmax_rule(model: nn.Module, name: str, only: str = "") -> Iterator[None]:
-    """Inside the block the softmax of every attention of ``model`` sends its error back by a ``SOFTMAX_BACKWARD``.
+    """Inside the block all attentions of ``model`` send errors back by a ``SOFTMAX_BACKWARD``.
 
-    See ``capture_attention`` for what is an attention, for ``only`` and for what is refused; ValueError also on a rule
-    that is not known, or that has a memory.
+    See ``capture_attention`` for what is an attention, for ``only`` and for what is refused;
+    ValueError also on a rule that is not known, or that has a memory.
 
     >>> attention = nn.MultiheadAttention(4, 2, batch_first=True)
     >>> x = torch.randn(1, 3, 4)
     >>> with softmax_rule(attention, "none"):
     ...     attention(x, x, x)[0].sum().backward()
-    >>> attention.in_proj_weight.grad.abs().sum(1).gt(0).view(3, 4).any(1).tolist()  # of queries, keys, values
-    [False, False, True]
+    >>> queries, keys, values = attention.in_proj_weight.grad.chunk(3)
+    >>> bool(queries.any()), bool(keys.any()), bool(values.any())
+    (False, False, True)
     """
-    rule = SOFTMAX_BACKWARD.get(name)
-    if rule is None or hasattr(rule, "start"):
-        known = [known for known, rule in SOFTMAX_BACKWARD.items() if not hasattr(rule, "start")]
-        raise ValueError(f"{name!r} is no rule without a memory: choose one of {', '.join(known[:10])}")
-    with _Rule(model, only, rule).attached():
+    rules = {key: rule for key, rule in SOFTMAX_BACKWARD.items() if not hasattr(rule, "start")}
+    if name not in rules:
+        raise ValueError(f"{name!r} is no rule without a memory: choose one of {', '.join(rules)}")
+    with _Rule(model, only, rules[name]).attached():
         yield
 
 
 def capture_batch(model: LocalGPT, x: Tensor, y: Tensor) -> list[CapturedAttention]:
-    """Capture one forward and backward pass on (x, y), leaving every parameter's ``.grad`` as it was."""
+    """Capture the maps of one pass on (x, y), leaving every parameter's ``.grad`` as it was."""
     with capture_attention(model, maps=True) as layers:
         gradients(model, x, y)
     return layers
 
 
-ROUNDING = 0.01  # the share of |f| that rounding may account for: beyond, a head's figures are not defined
-EPS64 = 16 * np.finfo(float).eps  # of a sum of products in float64
-
-
 class SoftmaxGradient(NamedTuple):
-    """The softmax's backward pass split in two, ``full = diag + offdiag``; same shape as the attention weights."""
+    """The softmax's backward pass in parts, ``full = diag + offdiag``, shaped as the weights."""
 
     full: Tensor
     diag: Tensor
@@ -971,9 +932,10 @@ class SoftmaxGradient(NamedTuple):
 
 
 def split_softmax_gradient(attn: Tensor, grad: Tensor) -> SoftmaxGradient:
-    """Split ``f = J g``, ``J = diag(a) - a a^T``, into ``d = a (1 - a) g`` and ``o_i = -a_i sum_{j != i} a_j g_j``.
+    """Split ``f = J g``, ``J = diag(a) - a a^T``, into what a key knows and what it must be told.
 
-    attn: attention weights (..., T, T), rows over the last axis; grad: dL/dA of the same shape. Each part is computed
+    These are ``d = a (1 - a) g`` and ``o_i = -a_i sum_{j != i} a_j g_j``. attn: weights
+    (..., T_q, T_k), rows over the last axis; grad: dL/dA of the same shape. Each part is computed
     from its own formula and none by subtraction, so that their sum is a check.
 
     >>> parts = split_softmax_gradient(torch.tensor([[0.5, 0.5]]), torch.tensor([[1.0, -1.0]]))
@@ -981,119 +943,80 @@ def split_softmax_gradient(attn: Tensor, grad: Tensor) -> SoftmaxGradient:
     (tensor([[ 0.5000, -0.5000]]), tensor([[ 0.2500, -0.2500]]), tensor([[ 0.2500, -0.2500]]))
     """
     if attn.shape != grad.shape:
-        raise ValueError(f"attn has shape {tuple(attn.shape)} and grad {tuple(grad.shape)}: they must agree")
+        raise ValueError(
+            f"attn has shape {tuple(attn.shape)} and grad {tuple(grad.shape)}: they must agree")
     weighted = attn * grad
-    minus_others = weighted - weighted.sum(-1, keepdim=True)  # the lateral sum without the key's own term
-    visible = torch.ones((), dtype=torch.bool)  # neither rule looks at it: a masked key has a = 0
-    return SoftmaxGradient(full(attn, grad, visible), diagonal(attn, grad, visible), attn * minus_others)
+    minus_others = weighted - weighted.sum(-1, keepdim=True)  # the sum without the key's own term
+    visible = torch.ones((), dtype=torch.bool)  # neither rule needs it: a masked key has a = 0
+    exact, diag = full(attn, grad, visible), diagonal(attn, grad, visible)
+    return SoftmaxGradient(exact, diag, attn * minus_others)
 
 
-class HeadSums(NamedTuple):
-    """What ``head_energy`` needs of some sequences, in float64: gradients are counted in units of ``size``."""
-
-    products: Tensor  # (B, H, 6): inner products <f, f>, <d, d>, <d, f>, <e, e>, <g, g>, <g, f>; e is g on visible keys
-    noise: Tensor  # (B, H): what rounding may make of the first of them, |f|^2
-    shapes: Tensor  # (B, H, 3): sums over queries, of entropy and attn_max, and of rows with a key at all
-    counts: Tensor  # (B, H, 3): over how many to take the means: queries with several keys, the same, visible pairs
-    size: Tensor  # (H,): the unit
-
-    @classmethod
-    def of_all(cls, parts: Iterable[HeadSums]) -> HeadSums:
-        """Those of the sequences of all ``parts``."""
-        parts = list(parts)
-        size = torch.stack([part.size for part in parts]).amax(0)
-        scales = [(part.size / size).square() for part in parts]
-        return cls(
-            torch.cat([part.products * scale[:, None] for part, scale in zip(parts, scales, strict=True)]),
-            torch.cat([part.noise * scale for part, scale in zip(parts, scales, strict=True)]),
-            torch.cat([part.shapes for part in parts]),
-            torch.cat([part.counts for part in parts]),
-            size,
-        )
-
-
-def head_sums(attn: Tensor, grad: Tensor, visible: Tensor | None = None) -> HeadSums:
-    """The sums over (query, key) pairs that ``head_energy``, which see, takes its figures from."""
-    return _sums_of([(attn, grad, _check_attention(attn, grad, visible))])
+ROUNDING = 0.01  # the share of |f| that rounding may account for: beyond, a head is not defined
+EPS64 = 16 * np.finfo(float).eps  # of a sum of products in float64
+# The columns of head_sums: inner products over (query, key) pairs, e being g on the visible keys;
+# sums of entropy and attn_max over queries that see several keys, and how many these are; how many
+# queries see a key, visible pairs, and what rounding may make of |f|^2.
+SUMS = ["ff", "dd", "df", "ee", "gg", "gf"]
+SUMS += ["entropy", "attn_max", "several", "rows", "pairs", "noise"]
 
 
 @torch.no_grad()
-def _sums_of(tiles: Iterable[tuple[Tensor, Tensor, Tensor]]) -> HeadSums:
-    """``head_sums`` of maps that come in tiles (attn, grad, visible), of some queries and all their keys each."""
-    total = functools.reduce(_TileSums.plus, (_TileSums.of(*tile) for tile in tiles))
-    (u_a, step_a), (u_g, step_g) = _precision(total.made_attn), _precision(total.made_grad)
-    off = total.off.max().item()
-    if not off <= max(1e-3, 2 * u_a):  # written so that NaN fails too
-        raise ValueError("the rows of attn are not weights that sum to 1: the split is that of a softmax")
-    if total.hidden.any():
-        raise ValueError("attn is not zero on masked keys: pass the map of visible keys that the model used")
-    if not total.products.isfinite().all():
-        raise ValueError("grad holds values that are not finite")
-    ff, dd, ee = total.products[..., 0], total.products[..., 1], total.products[..., 3]
+def head_sums(attn: Tensor, grad: Tensor, visible: Tensor) -> Tensor:
+    """The sums that ``head_energy`` is made of: (B, H, len(SUMS)) in float64.
 
-    # What rounding makes of f = J g: relative errors u of g give u^2 sum_k |J's column k|^2 g_k^2 <= 2 u^2 |d|^2, those
-    # of a, whose rows sum to 1, 2 u^2 |f|^2. Near zero errors are absolute, a format's step. float64 adds its own.
-    u = max(off, u_a, u_g)  # rounding moves a sum of 1 by its relative error at the most
-    noise = 2 * u**2 * (dd + ff) + (step_a**2 + EPS64**2) * ee + total.n_keys / 8 * (step_g / total.size) ** 2
-    return HeadSums(total.products, noise, total.shapes, total.counts, total.size)
+    Those of further queries add to them, those of further sequences are appended. ``attn`` may end
+    before ``grad`` does: all keys behind are masked. ValueError on what is no softmax of attention.
+    """
+    # float32 at least, which holds half precision without loss; the kernel wants four axes
+    maps = [x if x.dtype == torch.float64 else x.float() for x in (attn, grad)]
+    seen = visible[(None,) * (4 - visible.dim())]
+    seen = seen.expand(*seen.shape[:3], attn.shape[-1]).contiguous().view(torch.uint8)
+    arrays = [x.cpu().contiguous().numpy() for x in (*maps, seen)]
+    sums, off, hidden = (torch.from_numpy(x) for x in _map_sums(*arrays))
+    if not off.max() <= 2**-7:  # what bfloat16 leaves of a sum of 1; NaN fails too
+        raise ValueError("the rows of attn are not weights that sum to 1: expected a softmax's")
+    if hidden.any():
+        raise ValueError("attn is not zero on masked keys: pass the visible keys the model used")
+    if not sums.isfinite().all():
+        raise ValueError("grad holds values that are not finite, or whose squares are not")
 
-
-class _TileSums(NamedTuple):
-    """What ``_map_sums`` returns for some queries, in units of ``size``, and what tells of its precision."""
-
-    products: Tensor
-    shapes: Tensor
-    counts: Tensor
-    off: Tensor
-    hidden: Tensor
-    size: Tensor
-    made_attn: set[torch.dtype]
-    made_grad: set[torch.dtype]
-    n_keys: int
-
-    @classmethod
-    def of(cls, attn: Tensor, grad: Tensor, visible: Tensor) -> _TileSums:
-        made = _formats(attn), _formats(grad)
-        # the squares of a float32 fit a float64; for those of a float64 the unit is the head's largest gradient
-        size = torch.ones(attn.shape[1], dtype=torch.float64)
-        if grad.dtype == torch.float64:
-            largest = grad.abs().amax((0, 2, 3)).cpu()
-            size = largest.where(largest > 0, size)
-            grad = grad / size.to(grad.device)[:, None, None]
-        attn, grad = ((x if x.dtype == torch.float64 else x.float()).cpu().contiguous() for x in (attn, grad))
-        seen = visible.expand(*visible.shape[:3], attn.shape[-1]).cpu().contiguous().view(torch.uint8)
-        sums = _map_sums(attn.numpy(), grad.numpy(), seen.numpy())
-        return cls(*map(torch.from_numpy, sums), size, *made, grad.shape[-1])
-
-    def plus(self, other: _TileSums) -> _TileSums:
-        """Those of the queries of both: of many tiles one by one, as small things kept would break up the memory."""
-        size = torch.maximum(self.size, other.size)
-        products = [part.products * (part.size / size).square()[:, None] for part in (self, other)]
-        made = self.made_attn & other.made_attn, self.made_grad & other.made_grad
-        sums = self.shapes + other.shapes, self.counts + other.counts, torch.maximum(self.off, other.off)
-        return _TileSums(sum(products), *sums, self.hidden + other.hidden, size, *made, self.n_keys)
+    # What rounding makes of f = J g: relative errors u of g give
+    # u^2 sum_k |J's column k|^2 g_k^2 <= 2 u^2 |d|^2, those of a, whose rows sum to 1, 2 u^2 |f|^2.
+    # Near zero errors are absolute, the smallest step of the type. float64 adds its own.
+    types = [torch.finfo(x.dtype) for x in (attn, grad)]
+    u = max(off.max().item(), types[0].eps / 2, types[1].eps / 2)
+    step_a, step_g = (each.smallest_normal * each.eps for each in types)
+    ff, dd, ee, rows = (sums[..., SUMS.index(name)] for name in ("ff", "dd", "ee", "rows"))
+    noise = 2 * u**2 * (ff + dd) + (step_a**2 + EPS64**2) * ee + step_g**2 / 8 * rows
+    return torch.cat([sums, noise[..., None]], dim=-1)
 
 
-@numba.njit(parallel=True, cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"})  # NaN and infinity count
+# fastmath without "nnan" and "ninf": NaN and infinity have to come through to be refused
+@numba.njit(parallel=True, cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"})
 def _map_sums(attn, grad, visible):
     """One reading of the maps (B, H, T_q, T_k), a row at a time, in float64.
 
-    visible: 0 or 1, (B or 1, H or 1, T_q or 1, T_k). It may end before grad does, and attn with it: from there on all
-    keys are masked. Returns, by sequence and head, the inner products of ``head_energy`` and its shapes, how far a row
-    is from weights that sum to 1 at the most, and the sizes of the weights on masked keys.
+    visible: 0 or 1, (B or 1, H or 1, T_q or 1, T_k). Returns, by sequence and head, the columns of
+    ``SUMS`` but the noise, how far a row is from weights that sum to 1 at the most, and the sizes
+    of the weights on masked keys.
     """
     B, H, T_q, T_k = attn.shape
-    products, shapes, counts = np.zeros((B, H, 6)), np.zeros((B, H, 3)), np.zeros((B, H, 3))
-    off, hidden = np.zeros((B, H)), np.zeros((B, H))
+    sums, off, hidden = np.zeros((B, H, 11)), np.zeros((B, H)), np.zeros((B, H))
     for n in numba.prange(B * H):
         b, h = n // H, n % H
-        several, pairs = 0, 0
         for i in range(T_q):
             a, g = attn[b, h, i], grad[b, h, i]
-            seen = visible[min(b, len(visible) - 1), min(h, visible.shape[1] - 1), min(i, visible.shape[2] - 1)]
-            row, sizes, lateral, masked, gg, n_seen, top, end = 0.0, 0.0, 0.0, 0.0, 0.0, 0, 0, T_k
-            while end > 0 and not seen[end - 1]:  # behind the last visible key little is to be done
+            # an axis of length 1 is for all: cheaper than a mask that is copied for each head
+            seen = visible[min(b, len(visible) - 1), min(h, visible.shape[1] - 1),
+                           min(i, visible.shape[2] - 1)]
+            # behind the last visible key, half of a causal map, only two sums are to be made
+            end = T_k
+            while end > 0 and not seen[end - 1]:
                 end -= 1
+
+            # first reading: the row's sum, with which a is scaled to sum to 1, and b = a . g
+            row, sizes, lateral, masked, gg, n_seen, top = 0.0, 0.0, 0.0, 0.0, 0.0, 0, 0
             for j in range(end):
                 a_j, g_j = np.float64(a[j]), np.float64(g[j])
                 row += a_j
@@ -1102,15 +1025,19 @@ def _map_sums(attn, grad, visible):
                 masked += abs(a_j) * (1 - seen[j])
                 gg += g_j * g_j
                 n_seen += seen[j]
-                top = max(top, np.float64(a_j).view(np.int64))  # as bits, of which a maximum is fast
+                # positive numbers are ordered as their bits are, and of integers, unlike floats,
+                # which may be NaN, the compiler takes the maximum of several at a time
+                top = max(top, np.float64(a_j).view(np.int64))
             for j in range(end, T_k):
                 masked += abs(np.float64(a[j]))
-                gg += np.float64(g[j]) * np.float64(g[j])
-            for j in range(T_k, len(g)):
+            for j in range(end, len(g)):
                 gg += np.float64(g[j]) * np.float64(g[j])
             wrong = abs(row - min(n_seen, 1)) + (sizes - row)
             if wrong > off[b, h] or np.isnan(wrong):  # once NaN, always
                 off[b, h] = wrong
+            hidden[b, h] += masked
+
+            # second reading, of a row that is in the cache by now: products and entropy
             row = row if row else 1.0
             lateral /= row
             ff, dd, df, ee, gf, entropy = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
@@ -1119,23 +1046,23 @@ def _map_sums(attn, grad, visible):
                 f, d, e = a_j * (g_j - lateral), a_j * (1 - a_j) * g_j, g_j * seen[j]
                 ff, dd, df, ee, gf = ff + f * f, dd + d * d, df + d * f, ee + e * e, gf + g_j * f
                 entropy -= a_j * _log(max(a_j, 1e-300))
-            products[b, h] += np.array((ff, dd, df, ee, gg, gf))
+            sums[b, h, :6] += np.array((ff, dd, df, ee, gg, gf))
             if n_seen > 1:  # a query with a single key has a = 1 and J = 0: it carries nothing
-                several += 1
-                shapes[b, h, 0] += entropy / np.log(n_seen)
-                shapes[b, h, 1] += np.int64(top).view(np.float64) / row
-            pairs += n_seen
-            shapes[b, h, 2] += min(n_seen, 1)
-            hidden[b, h] += masked
-        counts[b, h] = several, several, pairs
-    return products, shapes, counts, off, hidden
+                sums[b, h, 6] += entropy / np.log(n_seen)
+                sums[b, h, 7] += np.int64(top).view(np.float64) / row
+                sums[b, h, 8] += 1
+            sums[b, h, 9] += min(n_seen, 1)
+            sums[b, h, 10] += n_seen
+    return sums, off, hidden
 
 
 @numba.njit(inline="always")
 def _log(x):
-    """The natural logarithm of a normal float64 to 13 digits: unlike a library's, the compiler does four at a time.
+    """The natural logarithm of a normal float64 to 13 digits, of four at a time.
 
-    ``x = 2^n m`` with m within a factor of sqrt(2) of 1, and ``log m = 2 artanh((m - 1) / (m + 1))``, by its series.
+    A library's is a call, which the compiler cannot do for several numbers at once. Here
+    ``x = 2^n m`` is taken apart by its bits, with m within a factor of sqrt(2) of 1, and
+    ``log m = 2 artanh((m - 1) / (m + 1))`` is its series.
     """
     half = 0x3FE6A09E667F3BCD  # the bits of sqrt(1/2)
     bits = np.float64(x).view(np.int64)
@@ -1154,227 +1081,175 @@ def head_energy(
 ) -> pd.DataFrame:
     """How much of the softmax's backward pass is diagonal and how much lateral, one row a head.
 
-    attn: softmax weights (B, H, T_q, T_k); grad: dL/dA of the same shape; visible: boolean, of a shape that
-    broadcasts to theirs, (T, T) and causal if not given.
+    attn: softmax weights (B, H, T_q, T_k); grad: dL/dA of the same shape; visible: boolean, of a
+    shape that broadcasts to theirs, (T, T) and causal if not given.
 
-    ============================== ========================================================================= =========
-    column                         meaning                                                                   range
-    ============================== ========================================================================= =========
-    r_diag, r_offdiag, r_cross     |d|^2, |o|^2 and 2<d, o>, each over |f|^2; their sum is 1                 >=0,>=0,R
-    one_minus_r_diag               off-diagonal *plus* cross term: no energy, and often negative             <= 1
-    cos_diag, cos_ste              cosine of d, and of g on the visible keys, with f                         [-1, 1]
-    cos_ste_unmasked               the same with g on all keys, also masked ones: what naive code measures   [-1, 1]
-    entropy                        of a row, over the log of its number of visible keys; first query left out [0, 1]
-    attn_max, attn_mean            largest weight of a row (first query left out); mean over visible keys    [0, 1]
-    defined                        False where rounding may decide: ratios and cosines are then NaN
-    ============================== ========================================================================= =========
+    ========================== =========================================================== =========
+    column                     meaning                                                     range
+    ========================== =========================================================== =========
+    r_diag, r_offdiag, r_cross |d|^2, |o|^2 and 2<d, o>, each over |f|^2; their sum is 1   >=0,>=0,R
+    one_minus_r_diag           off-diagonal *plus* cross term: often negative, no energy   <= 1
+    cos_diag, cos_ste          cosine of d, and of g on the visible keys, with f           [-1, 1]
+    cos_ste_unmasked           the same with g on all keys: what naive code measures       [-1, 1]
+    entropy                    of a row, over the log of its number of visible keys        [0, 1]
+    attn_max, attn_mean        largest weight of a row; mean weight over visible keys      [0, 1]
+    defined                    False where rounding may decide: ratios, cosines are NaN
+    ========================== =========================================================== =========
 
-    Energies are summed over a sequence's (query, key) pairs, averaged over sequences, then divided: a ratio of means.
-    Cosines are taken per sequence over the flattened map, then averaged (sequences without any gradient are left out).
-    ``*_lo`` and ``*_hi`` bound the 95 % bootstrap interval over the B sequences: of width 0 for a single one, NaN where
-    a resample held none with a gradient. Sums run in float64, rows of attn are scaled to sum to 1, and no absolute
-    epsilon enters anywhere: the scale of grad is free.
+    Energies are summed over a sequence's (query, key) pairs, averaged over sequences, then divided:
+    a ratio of means. Cosines are taken per sequence over the flattened map, then averaged (without
+    sequences that have no gradient). ``entropy`` and ``attn_max`` leave out queries with one key.
+    ``*_lo`` and ``*_hi`` bound the 95 % bootstrap interval over the B sequences: of width 0 for a
+    single one, NaN where a resample held none with a gradient. Sums run in float64, rows of attn
+    are scaled to sum to 1, and no absolute epsilon enters: the scale of grad is free, as long as
+    its squares fit a float64.
 
-    A head is ``defined`` where the rounding of attn and grad, to the precision in which they were made, moves f by no
-    more than ``ROUNDING`` = 1 % of |f|: the ratios are then right to 2 % of the largest of them, cosines to 0.01, and
-    NaN as well where a single sequence fails this. That precision is the coarsest that the types, the values (half
-    precision holds them without loss) and the row sums of attn tell. Raises ValueError where attn is not a softmax over
-    the visible keys, and on values that are not finite.
+    A head is ``defined`` where the rounding of attn and grad to their types moves f by no more than
+    ``ROUNDING`` = 1 % of |f|: the ratios are then right to 2 % of the largest of them, cosines to
+    0.01, and NaN as well where a single sequence fails this. Half precision that was stored as
+    float32 counts as float32: pass it in its own type. Raises ValueError where attn is not a
+    softmax over the visible keys, and on values that are not finite.
 
     >>> a = torch.tensor([[1.0, 0.0], [0.5, 0.5]]).double()[None, None]
     >>> row = head_energy(a, torch.tensor([[1.0, 0.0], [1.0, -1.0]]).double()[None, None]).iloc[0]
-    >>> row[["r_diag", "r_offdiag", "r_cross", "cos_diag"]].map(float).tolist()
+    >>> row[["r_diag", "r_offdiag", "r_cross", "cos_diag"]].astype(float).round(9).tolist()
     [0.25, 0.25, 0.5, 1.0]
     """
-    return _figures(head_sums(attn, grad, visible), n_boot, seed)
+    visible = _check_attention(attn, grad, visible)
+    return _energy_figures(head_sums(attn, grad, visible), n_boot, seed)
 
 
 def attention_energy(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    grad_out: Tensor,
-    attn_mask: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    n_boot: int = 1000,
-    seed: int = 0,
+    query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, attn_mask: Tensor | None = None,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+    n_boot: int = 1000, seed: int = 0,
 ) -> pd.DataFrame:
     """``head_energy`` of an attention whose maps nobody has made, one row a head.
 
-    query: (B, H, T_q, D); key: (B, H, T_k, D); value: (B, H, T_k, D_v); grad_out: dL/dO (B, H, T_q, D_v), the gradient
-    at the output; all of one type. The others are what ``F.scaled_dot_product_attention`` was called with: attn_mask,
-    boolean (True: is seen) or added to the scores, of a shape that broadcasts to (B, H, T_q, T_k); is_causal: query i
-    sees keys 0 to i; scale: 1/sqrt(D) if not given; enable_gqa: H is a multiple of the heads of key and value.
+    query: (B, H, T_q, D); key: (B, H, T_k, D); value: (B, H, T_k, D_v); grad_out: dL/dO, the
+    gradient at the output, (B, H, T_q, D_v); all of one type. The others are what
+    ``F.scaled_dot_product_attention`` was called with: see there. Maps are made for some queries at
+    a time, in float32 at least, so memory is linear in T_q and T_k. Raises ValueError where shapes,
+    types or mask do not fit, and on values that are not finite.
 
-    Both maps follow, as in FlashAttention's backward pass (Dao et al. 2022): ``A = softmax(scale Q K^T + mask)`` and
-    ``dL/dA = dO V^T``. They are made for some queries at a time, in float32 at least, so memory is linear in T_q and
-    T_k. Raises ValueError where the shapes, types or mask do not fit, and on values that are not finite.
-
-    >>> zeros, values = torch.zeros(1, 1, 2, 2), torch.eye(2)[None, None]  # A is 1, 0 and 0.5, 0.5, and dL/dA is dL/dO
+    >>> zeros, values = torch.zeros(1, 1, 2, 2), torch.eye(2)[None, None]  # so dL/dA is dL/dO
     >>> grad_out = torch.tensor([[1.0, 0.0], [1.0, -1.0]])[None, None]
     >>> row = attention_energy(zeros, zeros, values, grad_out, is_causal=True).iloc[0]
-    >>> row[["r_diag", "r_offdiag", "r_cross", "cos_diag"]].map(float).tolist()
+    >>> row[["r_diag", "r_offdiag", "r_cross", "cos_diag"]].astype(float).round(9).tolist()
     [0.25, 0.25, 0.5, 1.0]
     """
     call = _FusedCall(query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa)
     _check_fused(call, grad_out)
-    return _figures(_sums_of(_tiles(call, grad_out)), n_boot, seed)
+    sums = sum(head_sums(*tile) for tile in _tiles(call, grad_out))
+    return _energy_figures(sums, n_boot, seed)
 
 
-@torch.no_grad()
-def binned_energy(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    grad_out: Tensor,
-    attn_mask: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    bins: int = 64,
-) -> SoftmaxGradient:
-    """|f|^2, |d|^2 and |o|^2 summed over bins of queries and keys: maps of an attention that is too long to be shown.
-
-    Each is (B, H, bins, bins) in float64; the bins of an axis differ in length by one position at the most. See
-    ``attention_energy`` for the arguments; ValueError also on bins that are no integer from 1 to the shorter of T_q
-    and T_k.
-
-    >>> zeros, values = torch.zeros(1, 1, 2, 2), torch.eye(2)[None, None]
-    >>> grad_out = torch.tensor([[1.0, 0.0], [1.0, -1.0]])[None, None]
-    >>> binned_energy(zeros, zeros, values, grad_out, is_causal=True, bins=2).full.squeeze().tolist()
-    [[0.0, 0.0], [0.25, 0.25]]
-    """
-    call = _FusedCall(query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa)
-    _check_fused(call, grad_out)
-    B, H, T_q, T_k = *query.shape[:3], key.shape[2]
-    if not isinstance(bins, Integral) or not 1 <= bins <= min(T_q, T_k):
-        raise ValueError(f"bins={bins}: expected an integer from 1 to {min(T_q, T_k)}, the shorter of the two lengths")
-    of_query, of_key = (torch.arange(T, device=query.device) * bins // T for T in (T_q, T_k))
-    energies = SoftmaxGradient(*torch.zeros(3, B, H, bins, bins, dtype=torch.float64, device=query.device))
-    for attn, grad, _ in _tiles(call, grad_out):
-        (rows, of_query), keys = of_query.tensor_split([attn.shape[2]]), of_key[: attn.shape[3]]
-        for energy, part in zip(energies, split_softmax_gradient(attn, grad[..., : len(keys)]), strict=True):
-            by_key = energy.new_zeros(*part.shape[:3], bins).index_add_(3, keys, part.double().square())
-            energy.index_add_(2, rows, by_key)
-    return energies
+def energy_table(
+    layers: Iterable[CapturedAttention], n_boot: int = 1000, seed: int = 0
+) -> pd.DataFrame:
+    """``head_energy`` of captured layers and all their passes, one row a (layer, head)."""
+    tables = [_energy_figures(layer.sums, n_boot, seed) for layer in layers]
+    if not tables:
+        raise ValueError("no layer was given: a table needs one or more")
+    for i, table in enumerate(tables):
+        table.insert(0, "layer", i)
+    return pd.concat(tables, ignore_index=True)
 
 
-def _figures(sums: HeadSums, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """See ``head_energy``."""
+def _energy_figures(sums: Tensor, n_boot: int, seed: int) -> pd.DataFrame:
+    """The columns of ``head_energy`` from those of ``head_sums``."""
     if not isinstance(n_boot, Integral) or n_boot < 1:
         raise ValueError(f"n_boot={n_boot}: an interval needs resamples, a thousand or so")
-    ff, dd, df, ee, gg, gf = sums.products.unbind(-1)  # (B, H) each
-    oo, do = ff - 2 * df + dd, df - dd  # o = f - d
-    B, H = ff.shape
-    energies = {"r_diag": dd, "r_offdiag": oo, "r_cross": 2 * do, "one_minus_r_diag": ff - dd}
-    floor = sums.noise / ROUNDING**2
-    known = ff > floor
-    known &= ~((gg > 0) & ~known).any(0)  # a mean over the other sequences would be that of a selection
-    pairs = {"cos_diag": (df, dd), "cos_ste": (gf, ee), "cos_ste_unmasked": (gf, gg)}
-    cosines = {name: torch.where(known, xf / (xx * ff).sqrt(), torch.nan) for name, (xf, xx) in pairs.items()}
-    shapes = dict(zip(("entropy", "attn_max", "attn_mean"), (sums.shapes / sums.counts).unbind(-1), strict=True))
-    figures = energies | cosines | shapes
+    B, H, _ = sums.shape
+    columns = np.moveaxis(sums.numpy(), -1, 0)  # (B, H) each
+    ff, dd, df, ee, gg, gf, entropy, attn_max, several, rows, pairs, noise = columns
+
+    # a sequence that rounding decides leaves the mean cosine undefined: one of the others would be
+    # that of a selection
+    known = ff > noise / ROUNDING**2
+    known &= ~((gg > 0) & ~known).any(0)
+    energies = {"r_diag": dd, "r_offdiag": ff - 2 * df + dd, "r_cross": 2 * (df - dd)}
+    energies["one_minus_r_diag"] = ff - dd
+    with np.errstate(invalid="ignore", divide="ignore"):  # 0 / 0 where there is nothing to average
+        means = {
+            "cos_diag": df / np.sqrt(dd) / np.sqrt(ff),
+            "cos_ste": gf / np.sqrt(ee) / np.sqrt(ff),
+            "cos_ste_unmasked": gf / np.sqrt(gg) / np.sqrt(ff),
+        }
+        means = {name: np.where(known, cosine, np.nan) for name, cosine in means.items()}
+        means["entropy"], means["attn_max"] = entropy / several, attn_max / several
+        means["attn_mean"] = rows / pairs
 
     # row 0 weighs every sequence once, the others are bootstrap resamples of the sequences
-    counts = np.random.default_rng(seed).multinomial(B, np.full(B, 1 / B), size=n_boot)
-    weights = np.vstack([np.ones((1, B)), counts])
-    values = torch.stack([ff, floor, *figures.values()]).cpu().numpy()
-    finite = np.isfinite(values)
-    with np.errstate(invalid="ignore"):  # a resample without a defined sequence has no mean
-        energy, floor, *draws = weights @ np.where(finite, values, 0) / (weights @ finite)  # (1 + n_boot, H) each
-    draws = np.stack(draws)
-    draws[: len(energies)] /= np.where(energy > floor, energy, np.nan)
-    low, high = np.quantile(draws[:, 1:], [0.025, 0.975], axis=1)
-    columns = {"head": range(H), "defined": energy[0] > floor[0]}
-    for name, draw, *ends in zip(figures, draws[:, 0], low, high, strict=True):
-        columns |= dict(zip((name, f"{name}_lo", f"{name}_hi"), (draw, *ends), strict=True))
+    resamples = np.random.default_rng(seed).multinomial(B, np.full(B, 1 / B), size=n_boot)
+    weights = np.vstack([np.ones(B), resamples])
+
+    def mean(values: np.ndarray) -> np.ndarray:
+        """Over the sequences that have one: (B, H) to (1 + n_boot, H)."""
+        finite = np.isfinite(values)
+        with np.errstate(invalid="ignore"):
+            return weights @ np.where(finite, values, 0) / (weights @ finite)
+
+    energy = mean(ff)
+    energy[energy <= mean(noise) / ROUNDING**2] = np.nan
+    draws = {name: mean(values) / energy for name, values in energies.items()}
+    draws |= {name: mean(values) for name, values in means.items()}
+
+    columns = {"head": range(H), "defined": np.isfinite(energy[0])}
+    for name, draw in draws.items():
+        low, high = np.quantile(draw[1:], [0.025, 0.975], axis=0)
+        columns |= {name: draw[0], f"{name}_lo": low, f"{name}_hi": high}
     return pd.DataFrame(columns)
 
 
-def _formats(values: Tensor) -> set[torch.dtype]:
-    """In which ``values`` may have been made, as they hold all of them: a float32 may be a half precision's."""
-    # the last query first: it is nearly always enough to exclude a format
-    return {values.dtype} | {
-        dtype
-        for dtype in (torch.bfloat16, torch.float16, torch.float32)
-        if torch.finfo(dtype).bits < torch.finfo(values.dtype).bits
-        and all((part.to(dtype) == part).all() for part in (values[:, :, -1], values))
-    }
-
-
-def _precision(formats: set[torch.dtype]) -> tuple[float, float]:
-    """Of the coarsest of them: its relative rounding error, and its smallest step near zero."""
-    made = [torch.finfo(dtype) for dtype in formats]
-    return max(each.eps / 2 for each in made), max(each.smallest_normal * each.eps for each in made)
-
-
 def _check_attention(attn: Tensor, grad: Tensor, visible: Tensor | None) -> Tensor:
-    """Refuse what cannot be maps of attention; return the boolean map of visible keys, with four axes."""
-    if not all(isinstance(values, Tensor) for values in (attn, grad, attn if visible is None else visible)):
-        raise ValueError("attn, grad and visible are expected as torch tensors: write torch.as_tensor(...)")
-    if attn.dim() != 4 or attn.shape != grad.shape or not attn.numel():
-        shapes = f"{tuple(attn.shape)} and {tuple(grad.shape)}"
-        raise ValueError(f"expected attn and grad of one shape (B, H, T_q, T_k), none of the four 0, got {shapes}")
-    if not (attn.is_floating_point() and grad.is_floating_point()):
-        raise ValueError(f"expected floating-point numbers, got attn {attn.dtype} and grad {grad.dtype}")
+    """Refuse what cannot be maps of attention; return the map of visible keys."""
+    shape = "floating-point torch tensors of one shape (B, H, T_q, T_k), no axis of length 0"
+    _expect(_are_floats(attn, grad) and attn.shape == grad.shape, shape, attn=attn, grad=grad)
+    pairs = attn.shape[2:]
     if visible is None:
-        if attn.shape[-2] != attn.shape[-1]:
-            raise ValueError(f"attn has shape {tuple(attn.shape)}: say which keys are visible, there is no causal mask")
-        visible = torch.ones(attn.shape[-2:], dtype=torch.bool, device=attn.device).tril()
-    if visible.dtype != torch.bool or not _broadcasts(visible, attn.shape):
-        raise ValueError(
-            f"visible is {visible.dtype} {tuple(visible.shape)}: expected a boolean map that broadcasts to attn's "
-            f"{tuple(attn.shape)}"
-        )
-    return visible.view(*(1,) * (4 - visible.dim()), *visible.shape)
+        _expect(pairs[0] == pairs[1], "a map of visible keys: there is no causal one", attn=attn)
+        return torch.ones(pairs, dtype=torch.bool, device=attn.device).tril()
+    fits = _is_mask(visible, attn.shape) and visible.dtype == torch.bool
+    _expect(fits, f"a boolean torch tensor that broadcasts to {tuple(attn.shape)}", visible=visible)
+    return visible
 
 
 def _check_fused(call: _FusedCall, grad_out: Tensor) -> None:
     """Refuse what cannot be an attention's inputs and the gradient at its output."""
-
-    def kind(x) -> str:
-        return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-
-    found = dict(zip(("query", "key", "value", "grad_out"), (*call[:3], grad_out), strict=True))
-    got = ", ".join(f"{name} {kind(x)}" for name, x in found.items())
-    if not all(isinstance(x, Tensor) and x.is_floating_point() and x.dim() == 4 and x.numel() for x in found.values()):
-        raise ValueError(
-            f"expected four floating-point torch tensors of four axes, none of them of length 0, got {got}"
-        )
-    if len({x.dtype for x in found.values()}) > 1:
-        raise ValueError(f"expected tensors of one type, got {got}")
-    (B, H, T_q, D), (_, H_kv, T_k, D_v) = call.query.shape, call.value.shape
-    for name, shape in {"key": (B, H_kv, T_k, D), "value": (B, H_kv, T_k, D_v), "grad_out": (B, H, T_q, D_v)}.items():
-        if found[name].shape != shape:
-            raise ValueError(f"{name} should have the shape {shape} to fit the others, got {got}")
-    if H % H_kv or not (call.enable_gqa or H_kv == H):
-        raise ValueError(f"expected key and value for {H} heads, or with enable_gqa for a divisor of it, got {H_kv}")
-    mask, pairs = torch.zeros(()) if call.attn_mask is None else call.attn_mask, (B, H, T_q, T_k)
-    added = isinstance(mask, Tensor) and (mask.dtype == torch.bool or mask.is_floating_point())
-    if not added or not _broadcasts(mask, pairs):
-        raise ValueError(
-            f"attn_mask is {kind(mask)}: expected a tensor, boolean or of scores, that broadcasts to {pairs}"
-        )
+    query, key, value, mask = call[:4]
+    given = {"query": query, "key": key, "value": value, "grad_out": grad_out}
+    fits = _are_floats(*given.values()) and len({x.dtype for x in given.values()}) == 1
+    _expect(fits, "floating-point torch tensors of one type, four axes, none of length 0", **given)
+    (B, H, T_q, D), (_, H_kv, T_k, D_v) = query.shape, value.shape
+    shapes = {"key": (B, H_kv, T_k, D), "value": (B, H_kv, T_k, D_v), "grad_out": (B, H, T_q, D_v)}
+    fits = all(given[name].shape == shape for name, shape in shapes.items())
+    _expect(fits, f"shapes that fit each other, {shapes}", **given)
+    fits = H_kv == H or (call.enable_gqa and H % H_kv == 0)
+    _expect(fits, f"keys for {H} heads, or with enable_gqa for a divisor of it", key=key)
+    fits = mask is None or _is_mask(mask, (B, H, T_q, T_k))
+    pairs = (B, H, T_q, T_k)
+    _expect(fits, f"a mask, boolean or of scores, that broadcasts to {pairs}", attn_mask=mask)
 
 
-def _broadcasts(x: Tensor, shape: tuple[int, ...]) -> bool:
-    try:
-        return torch.broadcast_shapes(x.shape, shape) == shape
-    except RuntimeError:
+def _expect(fits: bool, what: str, **given) -> None:
+    if not fits:
+        kinds = {
+            name: f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            for name, x in given.items()}
+        raise ValueError(f"expected {what}, got " + ", ".join(map(" ".join, kinds.items())))
+
+
+def _are_floats(*maps) -> bool:
+    tensors = [x for x in maps if isinstance(x, Tensor) and x.dim() == 4 and x.numel()]
+    return len(tensors) == len(maps) and all(x.is_floating_point() for x in tensors)
+
+
+def _is_mask(x, shape: tuple[int, ...]) -> bool:
+    if not isinstance(x, Tensor) or not (x.dtype == torch.bool or x.is_floating_point()):
         return False
-
-
-def energy_table(layers: Iterable[CapturedAttention], n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """``head_energy`` of all captured layers and all their passes, one row a (layer, head)."""
-    layers = list(layers)
-    if not layers:
-        raise ValueError("no layer was given: a table needs one or more")
-    tables = [_figures(layer.sums, n_boot, seed) for layer in layers]
-    for i, table in enumerate(tables):
-        table.insert(0, "layer", i)
-    return pd.concat(tables, ignore_index=True)
+    axes = zip(x.shape[::-1], shape[::-1], strict=False)
+    return x.dim() <= len(shape) and all(n in (1, m) for n, m in axes)
 
 
 # --------------------------------------------------------------------------------------------------
