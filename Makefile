@@ -1,7 +1,7 @@
 # Every command calls the environment's own Python by its path: nothing needs to be activated.
 PYTHON ?= python3
 # A misspelled variable would be passed over in silence.
-KNOWN := PYTHON TEXT NANOGPT
+KNOWN := PYTHON TEXT
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
 ifneq ($(filter-out $(KNOWN),$(GIVEN)),)
 $(error There is no option $(filter-out $(KNOWN),$(GIVEN)): expected $(KNOWN))
@@ -47,7 +47,7 @@ sweep: .venv/.ready $(TEXT_READY)  ## train the runs that data/runs.csv still mi
 	$(PY) data/sweep.py
 
 bench: .venv/.ready $(TEXT_READY)  ## measure here what it all costs: data/bench.csv (minutes)
-	$(PY) data/bench.py $(if $(NANOGPT),--nanogpt $(NANOGPT))
+	$(PY) data/bench.py
 
 notebooks: .venv/.ready $(TEXT_READY)  ## execute the notebooks in place, to store new outputs
 	$(PY) notebooks/_site/execute.py $(NOTEBOOKS)

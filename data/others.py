@@ -1,17 +1,15 @@
-"""Two transformers that others trained, in plain PyTorch: where they come from, what they read, what they are asked.
+"""Two transformers that others trained, in plain PyTorch: what they read, what they are asked.
 
-    python data/others.py antibodies    measures the second model anew: data/antibodies.csv
-    python data/others.py reactions     makes data/reactions.csv anew (needs rdkit)
+    python data/others.py     measures the second model anew: data/antibodies.csv
 
-``rxnmapper`` (Schwaller et al. 2021; MIT licence) holds an ALBERT that has read chemical reactions, ``sapiens``
-(Prihoda et al. 2022; MIT licence) a RoBERTa that has read human antibodies. Their wheels are fetched by pip, checked by
-hash and only read: nothing of them is installed or run. The reactions are from US patents (Lowe 2012), as the Open
-Reaction Database has them (CC BY-SA 4.0), in the wheel ``orderly`` (Wigh et al. 2024; MIT licence). The antibodies are
-from the wheel ``abnativ`` (Ramon et al. 2024; CC BY-NC-SA 4.0): fetched, and not in this repository.
+``rxnmapper`` (Schwaller et al. 2021; MIT licence) holds an ALBERT that has read chemical reactions,
+``sapiens`` (Prihoda et al. 2022; MIT licence) a RoBERTa that has read human antibodies. Their
+wheels are fetched by pip, checked by hash and only read: nothing of them is installed or run.
+The antibodies are from the wheel ``abnativ`` (Ramon et al. 2024; CC BY-NC-SA 4.0): fetched, and
+not in this repository. Where the reactions come from says ``reactions``.
 """
 
 import argparse
-import gzip
 import hashlib
 import io
 import re
@@ -20,29 +18,24 @@ import sys
 import tempfile
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 import torch
-from filelock import FileLock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from helpers import DATA, capture_attention, energy_table, save_atomically
 
-# ---- the wheels -----------------------------------------------------------------------------------------------------
+# ---- the wheels ------------------------------------------------------------------------------
 
 WHEELS = DATA / "wheels"
 SHA256 = {
-    "rxnmapper==0.4.3": "27876a4286881aafd286fd6f24a6a56a4ca6ba22d68e035a0ea120106c541ba5",  # 3 MB
-    "sapiens==1.0.4": "36466bdc8caef2ba148c5051affafdd1c2938d0ab9f35c24f2febfb11a1f96b2",  # 7 MB
-    "orderly==1.0.0": "9575b15f40fa12f468f38b45e5c98ee65a27431129c6581db4caf7385436a4aa",  # 18 MB
-    "abnativ==2.0.9": "85582a5e801430b110d3770d6d76e9e8e6958b7378a83b531cda0d1a7cb77756",  # 30 MB
+    "rxnmapper==0.4.3": "27876a4286881aafd286fd6f24a6a56a4ca6ba22d68e035a0ea120106c541ba5",
+    "sapiens==1.0.4": "36466bdc8caef2ba148c5051affafdd1c2938d0ab9f35c24f2febfb11a1f96b2",
+    "abnativ==2.0.9": "85582a5e801430b110d3770d6d76e9e8e6958b7378a83b531cda0d1a7cb77756",
 }
 
 
@@ -51,28 +44,32 @@ class WheelError(Exception):
 
 
 def wheel(requirement: str) -> zipfile.ZipFile:
-    """A wheel by its name and version, from ``WHEELS`` or else by pip; WheelError where neither has the right one."""
+    """A wheel by its name and version, from ``WHEELS`` or else by pip: always the one of its hash.
+
+    Raises WheelError where pip cannot have it.
+    """
     sha256, path = SHA256[requirement], WHEELS / f"{requirement}.whl"
+    if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
+        return zipfile.ZipFile(path)
+    print(f"Fetching {requirement} ...", file=sys.stderr)
     WHEELS.mkdir(exist_ok=True)
-    with FileLock(WHEELS / ".lock"), tempfile.TemporaryDirectory(dir=WHEELS) as scratch:
-        if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-            print(f"Fetching {requirement} ...", file=sys.stderr)
-            requirements = Path(scratch, "requirements.txt")
-            requirements.write_text(f"{requirement} --hash=sha256:{sha256}")
-            options = "--no-deps --require-hashes --only-binary :all: --ignore-requires-python"
-            pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", *options.split()]
-            done = subprocess.run([*pip, "-r", requirements, "-d", scratch], capture_output=True, text=True)
-            if done.returncode:
-                why = (re.findall(r"^ERROR: (.+)", done.stderr, re.MULTILINE) or [done.stderr.strip()])[-1]
-                raise WheelError(
-                    f"{requirement} could not be had: {why}\nCall again where pip reaches a package index, or put the "
-                    f"wheel there as {path}"
-                )
-            next(Path(scratch).glob("*.whl")).replace(path)
+    with tempfile.TemporaryDirectory(dir=WHEELS) as scratch:
+        # pip itself refuses a file with another hash
+        requirements = Path(scratch, "requirements.txt")
+        requirements.write_text(f"{requirement} --hash=sha256:{sha256}")
+        options = "--quiet --no-deps --require-hashes --only-binary :all: --ignore-requires-python"
+        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]
+        command += [*options.split(), "-r", requirements, "-d", scratch]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            errors = re.findall(r"^ERROR: (.+)", done.stderr, re.MULTILINE) or [done.stderr.strip()]
+            raise WheelError(f"{requirement} could not be had: {errors[-1]}\nCall again where pip "
+                             f"reaches a package index, or put the wheel there as {path}")
+        next(Path(scratch).glob("*.whl")).replace(path)
     return zipfile.ZipFile(path)
 
 
-# ---- the model ------------------------------------------------------------------------------------------------------
+# ---- the model -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,7 @@ class Config:
     n_head: int
     n_embd: int  # channels
     n_hidden: int  # of the feed-forward part
-    n_token: int  # channels of a token's embedding: ALBERT has fewer than n_embd, and a linear map between
+    n_token: int  # channels of a token's embedding; where not n_embd, a linear map lies between
     shared: bool  # ALBERT: all layers are one, used n_layer times
     first_position: int  # fairseq, which made sapiens, counts from 2
     eps: float  # of the layer norms
@@ -97,17 +94,20 @@ class Attention(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.n_head = config.n_head
-        self.query, self.key, self.value, self.out = (nn.Linear(config.n_embd, config.n_embd) for _ in range(4))
+        self.query = nn.Linear(config.n_embd, config.n_embd)
+        self.key = nn.Linear(config.n_embd, config.n_embd)
+        self.value = nn.Linear(config.n_embd, config.n_embd)
+        self.out = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (  # (B, H, T, D)
-            linear(x).unflatten(2, (self.n_head, -1)).transpose(1, 2) for linear in (self.query, self.key, self.value)
-        )
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # (B, T, C)
+        projected = self.query(x), self.key(x), self.value(x)
+        q, k, v = (y.unflatten(2, (self.n_head, -1)).transpose(1, 2) for y in projected)
+        o = F.scaled_dot_product_attention(q, k, v)  # (B, H, T, D)
+        return self.out(o.transpose(1, 2).flatten(2))  # (B, T, C)
 
 
 class Layer(nn.Module):
-    """Attention and feed-forward part, each added to what came in and then normalised (GPT normalises before)."""
+    """Attention and feed-forward part, each added to what came in, then normalised."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class Layer(nn.Module):
 
 
 class MaskedLanguageModel(nn.Module):
-    """Logits (B, T, V) of every token of ``ids`` (B, T), which have no padding: a batch is of one length."""
+    """Logits (B, T, V) of every token of ``ids`` (B, T), which have no padding: one length."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -131,8 +131,11 @@ class MaskedLanguageModel(nn.Module):
         self.token = nn.Embedding(config.vocab_size, config.n_token)
         self.position = nn.Embedding(config.n_position, config.n_token)
         self.embedding_norm = nn.LayerNorm(config.n_token, config.eps)
-        self.widen = nn.Linear(config.n_token, config.n_embd) if config.n_token != config.n_embd else nn.Identity()
-        self.layers = nn.ModuleList(Layer(config) for _ in range(1 if config.shared else config.n_layer))
+        self.widen = nn.Identity()
+        if config.n_token != config.n_embd:
+            self.widen = nn.Linear(config.n_token, config.n_embd)
+        n_built = 1 if config.shared else config.n_layer
+        self.layers = nn.ModuleList(Layer(config) for _ in range(n_built))
         self.head = nn.Linear(config.n_embd, config.n_token)
         self.head_norm = nn.LayerNorm(config.n_token, config.eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
@@ -149,9 +152,9 @@ class Vocabulary:
     """Texts to token ids, with a first and a last token of their own around each."""
 
     def __init__(self, tokens: list[str], pattern: str, first: str, last: str, mask: str) -> None:
-        self.tokens, self.pattern = tokens, re.compile(pattern)
+        self.pattern = re.compile(pattern)
         self.ids = {token: i for i, token in enumerate(tokens)}
-        self.first, self.last, self.mask = (self.ids[token] for token in (first, last, mask))
+        self.first, self.last, self.mask = self.ids[first], self.ids[last], self.ids[mask]
 
     def split(self, text: str) -> list[str]:
         """The tokens of ``text``; ValueError where a part of it is none.
@@ -165,7 +168,8 @@ class Vocabulary:
         return found
 
     def encode(self, text: str) -> Tensor:
-        return torch.tensor([self.first, *(self.ids[token] for token in self.split(text)), self.last])
+        inside = [self.ids[token] for token in self.split(text)]
+        return torch.tensor([self.first, *inside, self.last])
 
 
 class Trained(NamedTuple):
@@ -177,10 +181,12 @@ def chemistry() -> Trained:
     """The model of ``rxnmapper``, as its authors trained it, and its tokens."""
     folder = "rxnmapper/models/transformers/albert_heads_8_uspto_all_1310k"
     with wheel("rxnmapper==0.4.3") as files:
-        state = torch.load(io.BytesIO(files.read(f"{folder}/pytorch_model.bin")), "cpu", weights_only=True)
+        file = io.BytesIO(files.read(f"{folder}/pytorch_model.bin"))
+        state = torch.load(file, "cpu", weights_only=True)
         tokens = files.read(f"{folder}/vocab.txt").decode().splitlines()
     # a sequence is one segment, the first of two: its embedding is added to every position's
-    state["albert.embeddings.position_embeddings.weight"] += state["albert.embeddings.token_type_embeddings.weight"][0]
+    segments = state["albert.embeddings.token_type_embeddings.weight"]
+    state["albert.embeddings.position_embeddings.weight"] += segments[0]
     names = {
         "albert.embeddings.word_embeddings": "token",
         "albert.embeddings.position_embeddings": "position",
@@ -196,17 +202,21 @@ def chemistry() -> Trained:
         "predictions.LayerNorm": "head_norm",
         "predictions.bias": "bias",
     }
-    config = Config(591, 512, 12, 8, 256, 512, 128, shared=True, first_position=0, eps=1e-12)
-    pattern = r"\[[^\]]+]|Br?|Cl?|N|O|S|P|F|I|b|c|n|o|s|p|\(|\)|\.|=|#|-|\+|\\|\/|:|~|@|\?|>>?|\*|\$|%[0-9]{2}|[0-9]"
-    return Trained(_built(config, state, names), Vocabulary(tokens, pattern, "[CLS]", "[SEP]", "[MASK]"))
+    config = Config(vocab_size=591, n_position=512, n_layer=12, n_head=8, n_embd=256, n_hidden=512,
+                    n_token=128, shared=True, first_position=0, eps=1e-12)
+    pattern = r"\[[^\]]+]|Br|Cl|>>?|%[0-9]{2}|[BCNOSPFIbcnosp().=#+\\/:~@?*$0-9-]"  # the authors'
+    vocabulary = Vocabulary(tokens, pattern, "[CLS]", "[SEP]", "[MASK]")
+    return Trained(_built(config, state, names), vocabulary)
 
 
 def antibodies() -> Trained:
     """The model of ``sapiens`` for heavy chains, and its tokens, the amino acids."""
-    with wheel("sapiens==1.0.4") as files, torch.serialization.safe_globals([argparse.Namespace]):
+    # beside the weights the file has the authors' settings, in a class without code of its own
+    safe = torch.serialization.safe_globals([argparse.Namespace])
+    with wheel("sapiens==1.0.4") as files, safe:
         file = io.BytesIO(files.read("sapiens/models/v1/checkpoint_vh.pt"))
         state = torch.load(file, "cpu", weights_only=True)["model"]
-        letters = re.findall(r"^\w", files.read("sapiens/models/v1/dict.txt").decode(), re.MULTILINE)
+        letters = files.read("sapiens/models/v1/dict.txt").decode()
     names = {
         "decoder.sentence_encoder.embed_tokens": "token",
         "decoder.sentence_encoder.embed_positions": "position",
@@ -225,9 +235,12 @@ def antibodies() -> Trained:
         "decoder.lm_head.layer_norm": "head_norm",
         "decoder.lm_head.bias": "bias",
     }
-    config = Config(25, 146, 4, 8, 128, 256, 128, shared=False, first_position=2, eps=1e-5)
-    tokens = ["<s>", "<pad>", "</s>", "<unk>", *letters, "<mask>"]
-    return Trained(_built(config, state, names), Vocabulary(tokens, "[A-Z]", "<s>", "</s>", "<mask>"))
+    config = Config(vocab_size=25, n_position=146, n_layer=4, n_head=8, n_embd=128, n_hidden=256,
+                    n_token=128, shared=False, first_position=2, eps=1e-5)
+    amino_acids = re.findall(r"^\w", letters, re.MULTILINE)
+    tokens = ["<s>", "<pad>", "</s>", "<unk>", *amino_acids, "<mask>"]
+    vocabulary = Vocabulary(tokens, "[A-Z]", "<s>", "</s>", "<mask>")
+    return Trained(_built(config, state, names), vocabulary)
 
 
 def _built(config: Config, state: dict[str, Tensor], names: dict[str, str]) -> MaskedLanguageModel:
@@ -242,9 +255,9 @@ def _built(config: Config, state: dict[str, Tensor], names: dict[str, str]) -> M
     return model.eval()
 
 
-# ---- what it is asked: tokens hidden behind a mask ------------------------------------------------------------------
+# ---- what it is asked: tokens hidden behind a mask -------------------------------------------
 
-MASKED_SHARE = 0.15  # of a sequence's tokens, as both were trained; ours are all replaced by the mask
+MASKED_SHARE = 0.15  # of a sequence's tokens, as both were trained; ours are all behind the mask
 
 
 class Batch(NamedTuple):
@@ -252,10 +265,13 @@ class Batch(NamedTuple):
     targets: Tensor  # (B, T): what is behind the masks, -100 elsewhere
 
 
-def masked(sequences: list[Tensor], mask: int, size: int, generator: torch.Generator) -> list[Batch]:
-    """Batches of up to ``size`` ``sequences`` (T,) of one length, in random order, each with its share of masks.
+def masked(
+    sequences: list[Tensor], mask: int, size: int, generator: torch.Generator
+) -> list[Batch]:
+    """Batches of up to ``size`` ``sequences`` (T,) of one length, in random order, with masks.
 
-    >>> (batch,) = masked([torch.arange(22), torch.arange(22)], 99, 2, torch.Generator().manual_seed(0))
+    >>> sequences = [torch.arange(22), torch.arange(22)]
+    >>> (batch,) = masked(sequences, 99, 2, torch.Generator().manual_seed(0))
     >>> batch.ids.shape, (batch.ids == 99).sum(1).tolist()
     (torch.Size([2, 22]), [3, 3])
     """
@@ -264,17 +280,19 @@ def masked(sequences: list[Tensor], mask: int, size: int, generator: torch.Gener
         by_length[len(sequences[i])].append(sequences[i])
     batches = []
     for length, of_length in by_length.items():
+        n_hidden = max(1, round(MASKED_SHARE * (length - 2)))
         for rows in torch.stack(of_length).split(size):
             chances = torch.rand(rows.shape, generator=generator)
             chances[:, [0, -1]] = 2.0  # never the tokens around the text
-            hidden = chances.argsort(1).argsort(1) < max(1, round(MASKED_SHARE * (length - 2)))
+            hidden = chances.argsort(1).argsort(1) < n_hidden
             batches.append(Batch(rows.masked_fill(hidden, mask), rows.masked_fill(~hidden, -100)))
     return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
 
 
 def nats(model: nn.Module, batch: Batch) -> Tensor:
     """The loss, summed over the masked tokens of a batch."""
-    return F.cross_entropy(model(batch.ids).flatten(0, 1), batch.targets.flatten(), reduction="sum")
+    logits, targets = model(batch.ids).flatten(0, 1), batch.targets.flatten()
+    return F.cross_entropy(logits, targets, reduction="sum")
 
 
 @torch.no_grad()
@@ -298,133 +316,62 @@ def split_of(model: nn.Module, batches: list[Batch]) -> pd.DataFrame:
     return energy_table(layers)
 
 
-# ---- what they read -------------------------------------------------------------------------------------------------
+# ---- what they read --------------------------------------------------------------------------
 
 REACTIONS = DATA / "reactions.csv"
 ANTIBODIES = DATA / "antibodies.csv"  # the second model's figures
-LONGEST = 72  # tokens of a reaction, those around it included: fine-tuning is to be cheap
-MEASURED, TUNING = 256, 1024  # reactions to measure on, and others to fine-tune on
 
 
 def reactions() -> pd.DataFrame:
-    """The table of ``make_reactions``."""
+    """Reactions of US patents, as the authors of rxnmapper write them: what goes in, >>, product.
+
+    Lowe (2012) took them from the patents' text, the Open Reaction Database has them (CC BY-SA
+    4.0), and the wheel ``orderly`` 1.0.0 (Wigh et al. 2024; MIT licence) some months of it. Of
+    the different ones with one product and at most 72 tokens in both forms, 1,280 were drawn at
+    random. One row a reaction: its ``patent``; ``part``, measured (256) or tuning (1,024);
+    ``reaction``, in RDKit's canonical form; ``rewritten``, the same with every molecule begun at
+    another atom. And for the measured ones, where the product's atoms come from, as the data set
+    says: ``reactant_atoms``, a number for each atom left of >>, the same for atoms that symmetry
+    makes the same, and ``product_atoms``, for each to the right that of its origin.
+    """
     return pd.read_csv(REACTIONS, keep_default_na=False)
 
 
-def make_reactions(seed: int = 0) -> pd.DataFrame:
-    """Reactions of US patents, as the authors of rxnmapper write them: all that goes in, ``>>``, and the product.
-
-    One row a reaction: its ``patent``; ``part``, measured or tuning; ``reaction``, in RDKit's canonical form;
-    ``rewritten``, the same with every molecule begun at another atom. And for the measured ones, where
-    the product's atoms come from, as the data set says: ``reactant_atoms``, a number for each atom left of ``>>``, the
-    same for atoms that symmetry makes the same, and ``product_atoms``, for each to the right that of its origin.
-    """
-    from rdkit import Chem, RDLogger  # pip install rdkit; only this function needs it
-
-    RDLogger.DisableLog("rdApp.*")
-    vocabulary, rng = chemistry().vocabulary, np.random.default_rng(seed)
-
-    def written(smiles: str) -> tuple[str, str, list[int]]:
-        """Molecules in canonical form, in another one, and the mapping number of each atom of the first."""
-        parts = []
-        for part in smiles.split("."):
-            molecule = Chem.MolFromSmiles(part)
-            numbers = [atom.GetAtomMapNum() for atom in molecule.GetAtoms()]
-            for atom in molecule.GetAtoms():
-                atom.SetAtomMapNum(0)
-            canonical = Chem.MolToSmiles(molecule)
-            order = [int(i) for i in re.findall(r"\d+", molecule.GetProp("_smilesAtomOutputOrder"))]
-            other = Chem.MolToRandomSmilesVect(molecule, 1, randomSeed=int(rng.integers(2**31)))[0]
-            parts.append((canonical, other, [numbers[i] for i in order]))
-        parts.sort(key=lambda part: part[0])
-        canonical, other, numbers = zip(*parts, strict=True)
-        return ".".join(canonical), ".".join(other), [*chain(*numbers)]
-
-    found: dict[str, dict] = {}
-    for patent, mapped in _patents():
-        before, agents, product = mapped.split(">")
-        try:
-            left = written(".".join(filter(None, (before, agents))))
-            right = written(product)
-            row = {"patent": patent, "reaction": f"{left[0]}>>{right[0]}", "rewritten": f"{left[1]}>>{right[1]}"}
-            lengths = [len(vocabulary.encode(row[writing])) for writing in ("reaction", "rewritten")]
-        except (AttributeError, ValueError):  # no molecule to RDKit, or a token that the model does not know
-            continue
-        ranks = [*Chem.CanonicalRankAtoms(Chem.MolFromSmiles(left[0]), breakTies=False)]
-        origin = dict(zip(left[2], ranks, strict=True))
-        if max(lengths) <= LONGEST and "." not in product and {*right[2]} <= {*origin} - {0}:
-            row["reactant_atoms"] = " ".join(map(str, ranks))
-            row["product_atoms"] = " ".join(str(origin[number]) for number in right[2])
-            found.setdefault(row["reaction"], row)
-    rows = [found[name] for name in sorted(found)]
-    chosen = rng.permutation(len(rows))[: MEASURED + TUNING]
-    table = pd.DataFrame([rows[i] for i in chosen])
-    table.insert(1, "part", ["measured"] * MEASURED + ["tuning"] * TUNING)
-    table.loc[table["part"] == "tuning", ["reactant_atoms", "product_atoms"]] = ""
-    print(f"{len(table)} of {len(rows)} different reactions", file=sys.stderr)
-    return table
-
-
 def atom_maps(trained: Trained, reaction: pd.Series) -> tuple[Tensor, Tensor]:
-    """What each atom of the product sees among those of the reactants, and which of them it was, by the data set.
+    """What each atom of a product sees among those of the reactants, and which of them it was.
 
-    For a measured row of ``reactions()``: the weights (L, H, P, R) from P product atoms to R reactant atoms, and a
-    boolean map (P, R). Several reactant atoms are true where symmetry makes them the same.
+    For a measured row of ``reactions()``: the weights (L, H, P, R) from P product atoms to R
+    reactant atoms, and by the data set a boolean map (P, R). Several reactant atoms are true where
+    symmetry makes them the same.
     """
+    # the places of atoms among the tokens, of which the first is no part of the text
     tokens = trained.vocabulary.split(reaction["reaction"])
     atoms = torch.tensor([bool(re.match(r"\[|[A-Za-z]", token)) for token in tokens])
-    product = torch.arange(len(tokens)) > tokens.index(">>")
-    before, after = ((atoms & side).nonzero().flatten() + 1 for side in (~product, product))  # + 1: the first token
+    is_product = torch.arange(len(tokens)) > tokens.index(">>")
+    before, after = ((atoms & side).nonzero().flatten() + 1 for side in (~is_product, is_product))
     with torch.no_grad(), capture_attention(trained.model, maps=True) as layers:
         trained.model(trained.vocabulary.encode(reaction["reaction"])[None])
     weights = torch.cat([layer.attn for layer in layers])[:, :, after][..., before]
-    left, right = (torch.tensor([*map(int, reaction[f"{side}_atoms"].split())]) for side in ("reactant", "product"))
+    left = torch.tensor([int(number) for number in reaction["reactant_atoms"].split()])
+    right = torch.tensor([int(number) for number in reaction["product_atoms"].split()])
     return weights, right[:, None] == left
 
 
-def _patents() -> Iterator[tuple[str, str]]:
-    """The number of a patent and a reaction in it, with the data set's mapping of its atoms, in SMILES."""
-    with wheel("orderly==1.0.0") as files:
-        for name in sorted(files.namelist()):
-            if not name.endswith(".pb.gz"):
-                continue
-            month = gzip.decompress(files.read(name))
-            if not month.startswith(b"\n\x14uspto-grants"):
-                continue
-            # a protocol buffer: type 6, then a string, whose length comes first, seven bits a byte
-            for found in re.finditer(rb"\x08\x06\x1a([\x80-\xff]*[\x00-\x7f])", month):
-                size = sum((byte & 127) << 7 * i for i, byte in enumerate(found[1]))
-                text = month[found.end() : found.end() + size]
-                if text.count(b">") == 2 and b":1]" in text:
-                    patent = re.compile(rb"US[A-Z\d]{8,10}").search(month, found.end())
-                    yield patent[0].decode(), text.decode().split(" ")[0]
-
-
-def human_antibodies(n: int = 256) -> list[str]:
-    """Heavy chains of human antibodies, the first ``n`` different ones of the wheel ``abnativ``."""
-    table = "abnativ/model/percentiles/test_vh_v2_abnativ_seq_scores.csv"
-    with wheel("abnativ==2.0.9") as files, files.open(table) as file:
-        return [*pd.read_csv(file, usecols=["input_seq"], nrows=2 * n)["input_seq"].unique()[:n]]
-
-
-def measure_antibodies() -> pd.DataFrame:
-    """``energy_table`` of the second model, and its masked accuracy on the same antibodies in a column."""
-    model, vocabulary = antibodies()
-    sequences = [vocabulary.encode(text) for text in human_antibodies()]
-    batches = masked(sequences, vocabulary.mask, 16, torch.Generator().manual_seed(0))
-    return split_of(model, batches).assign(sequences=len(sequences), **masked_scores(model, batches))
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=["antibodies", "reactions"])
-    makers = {"antibodies": (measure_antibodies, ANTIBODIES), "reactions": (make_reactions, REACTIONS)}
-    make, path = makers[parser.parse_args().table]
+    """``energy_table`` of the second model on 256 antibodies, its masked accuracy in a column."""
+    table = "abnativ/model/percentiles/test_vh_v2_abnativ_seq_scores.csv"
     try:
-        text = make().to_csv(index=False, float_format="%.6g", lineterminator="\n")
+        model, vocabulary = antibodies()
+        with wheel("abnativ==2.0.9") as files, files.open(table) as file:
+            texts = pd.read_csv(file, usecols=["input_seq"], nrows=512)["input_seq"].unique()[:256]
     except WheelError as error:
-        parser.exit(2, f"others.py: {error}\n")
-    save_atomically(path, lambda file: file.write(text.encode()))
+        sys.exit(f"others.py: {error}")
+    sequences = [vocabulary.encode(text) for text in texts]
+    batches = masked(sequences, vocabulary.mask, 16, torch.Generator().manual_seed(0))
+    scores = masked_scores(model, batches)
+    figures = split_of(model, batches).assign(sequences=len(sequences), **scores)
+    text = figures.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+    save_atomically(ANTIBODIES, lambda file: file.write(text.encode()))
 
 
 if __name__ == "__main__":
