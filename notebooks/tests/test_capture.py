@@ -13,14 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from helpers import (
-    capture_attention,
-    capture_batch,
-    energy_table,
-    head_energy,
-    softmax_rule,
-    split_softmax_gradient,
-)
+from helpers import (capture_attention, capture_batch, energy_table, head_energy, softmax_rule,
+                     split_softmax_gradient)
 from model_local import SOFTMAX_BACKWARD, LocalGPT, LocalGPTConfig, attention_weights
 
 B, H, T, D = 2, 4, 6, 8

@@ -20,18 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import helpers
-from helpers import (
-    SUMS,
-    attention_energy,
-    capture_attention,
-    energy_table,
-    get_batch,
-    head_energy,
-    head_sums,
-    load_corpus,
-    split_softmax_gradient,
-    train,
-)
+from helpers import (SUMS, attention_energy, capture_attention, energy_table, get_batch,
+                     head_energy, head_sums, load_corpus, split_softmax_gradient, train)
 from model_local import LocalGPTConfig
 
 FIGURES = ["r_diag", "r_offdiag", "r_cross", "one_minus_r_diag", "cos_diag", "cos_ste"]
