@@ -1,7 +1,5 @@
 """Exercises: solutions are right, slips get their words, and what is just beyond is wrong."""
 
-import inspect
-import math
 import re
 import runpy
 from pathlib import Path
@@ -11,8 +9,9 @@ import pytest
 import torch
 from scipy.stats import ttest_1samp
 
+import exercises
 from exercises import EXERCISES, Comparison, check
-from helpers import capture_batch, split_softmax_gradient
+from helpers import capture_attention, harm, head_energy, split_softmax_gradient
 
 FILES = sorted((Path(__file__).parents[1] / "solutions").glob("s*.py"))
 SOLUTIONS = {}  # by the exercise's number
@@ -54,8 +53,8 @@ def test_a_slip_gets_its_words(capsys, number: str, words: str) -> None:
         return [right if part is None else part
                 for part, right in zip(said, judge.right(*inputs), strict=True)]
 
-    is_function = bool(inspect.signature(judge.right).parameters)
-    assert verdict(capsys, number, answer if is_function else answer()) == f"not right yet. {words}"
+    value = answer() if judge.cases() == [()] else answer
+    assert verdict(capsys, number, value) == f"not right yet. {words}"
 
 
 def unsafe_capture(model, x, y, keep=False, copies=False):
@@ -78,71 +77,44 @@ EFFECTS, RATIOS = SOLUTIONS["3.3"], SOLUTIONS["4.1"]
 
 
 @pytest.mark.parametrize(("number", "answer", "words"), [
-    # what students write, and a word that only the message for it has
-    ("1.1", lambda a, g: split_softmax_gradient(a, g).full, "the whole of f"),
-    ("1.1", lambda a, g: split_softmax_gradient(a, g).diag, "the diagonal part"),
-    ("1.1", lambda a, g: -split_softmax_gradient(a, g).offdiag, "The sign is off"),
-    ("1.1", lambda a, g: split_softmax_gradient(a, g).offdiag / a, "a factor a"),
+    # what students write beside the slips, and a word that only the message for it has
     ("1.1", lambda a, g: a * (a * g - (a * g).sum()), "Right for one row, wrong for several"),
     ("1.1", lambda a, g: g, "g = [1, 2, 4] should be [-0.75, -0.375, -0.25], and it is [1, 2, 4]"),
     ("1.1", lambda a, g: (a * g).sum(-1), "() and should be (3,)"),
     ("1.2", lambda s: s.softmax(-1), "What is it that ties the keys?"),
     ("1.2", torch.relu, "positive here"),
-    ("1.3", lambda a, g: a @ g, "the lateral sum b"),
     ("1.4", [2.0, 0.0, -1.0], "is 0.88, and should be below"),
     ("1.4", [-1, -1, -1], "has no direction"),
-    ("2.1", lambda x, W, B, dy: (dy @ W, 0 * W), "backpropagation's"),
-    ("2.1", lambda x, W, B, dy: (dy @ B, (dy.mT @ x).sum(0).T), "the shape (4, 5)"),
-    ("2.1", lambda x, W, B, dy: (dy @ B, (dy.mT @ x).mean(0) / 3), "all positions. All"),
+    ("2.1", lambda x, W, B, dy: (dy @ B, (dy.mT @ x).sum(0).T), "(4, 5) and should be (5, 4)"),
     ("2.1", lambda x, W, B, dy: (dy @ B, B), "grad_W is not right"),
     ("2.2", {"lm_head"}, "not complete: 4 missing"),
     ("2.2", {"lm_head", "o_proj"}, "The gradient of o_proj does turn"),
-    ("2.2", {"mlp"}, "'mlp' is none of lm_head"),
-    ("2.3", lambda W, B: torch.trace(W.T @ B) > 0, "on average"),
-    ("2.3", lambda W, B: min(np.linalg.eigvals(W @ B.T).real) > 0, "Eigenvalues"),
+    ("2.2", {"mlp"}, "'mlp' is none of "),
     ("2.3", lambda W, B: W @ B.T, "(2, 2) and should be that of a single number"),
-    ("3.1", lambda out, err, n: (out * err).sum(-1), "one number a query"),
-    ("3.1", lambda out, err, n: (out * err).unflatten(-1, (n, -1)).sum(-1), "swap the last two"),
+    ("3.1", lambda out, err, n: (out * err).unflatten(-1, (n, -1)).sum(-1),
+     "(3, 5, 2) and should be (3, 2, 5)"),
     ("3.1", lambda out, err, n: (out * err).unflatten(-1, (-1, n)).sum(-2).mT, "numbers are not"),
-    ("3.2", lambda *inputs: unsafe_capture(*inputs, copies=True), "There is None"),
+    ("3.2", lambda *inputs: unsafe_capture(*inputs, copies=True), "layer 0 is None"),
     ("3.2", unsafe_capture, "until the model raises an error"),
     ("3.2", lambda *inputs: unsafe_capture(*inputs, keep=True), "The gradients are right. But"),
-    ("3.2", lambda *inputs: unsafe_capture(*inputs)[::-1], "the last one first"),
     ("3.2", lambda *inputs: unsafe_capture(*inputs)[0], "2 things are wanted here"),
-    ("3.2", lambda *inputs: [layer.attn for layer in capture_batch(*inputs)], "the attention w"),
     ("3.2", lambda *inputs: [2 * grad for grad in unsafe_capture(*inputs)], "It is not the one"),
     ("3.3", EFFECTS | {"attn.mul_(0)": "silent"}, "PyTorch notices"),
-    ("3.3", EFFECTS | {"attn.double().mul_(0)": "error"}, "a tensor of its own"),
-    ("3.3", EFFECTS | {"attn.numpy().fill(0)": "error"}, "does not see it"),
     ("3.3", EFFECTS | {"attn * 0": "fine"}, "'fine' is none of harmless, error, silent"),
     ("3.3", {"attn * 0": "harmless"}, "attn.mul_(0) is missing"),
     ("3.3", "harmless", "A dict"),
-    ("4.1", lambda a, g: np.mean(list(map(RATIOS, a, g)), 0), "mean of the sequences' ratios"),
-    ("4.1", lambda a, g: (RATIOS(a, g)[0], 1 - RATIOS(a, g)[0], 0), "no energy"),
-    ("4.1", lambda a, g: (*RATIOS(a, g)[:2], RATIOS(a, g)[2] / 2), "r_cross is half"),
-    ("4.1", lambda a, g: np.sqrt(np.abs(RATIOS(a, g))), "an energy is a square"),
+    ("4.1", lambda a, g: np.sqrt(np.abs(RATIOS(a, g))), "r_diag on a = Tensor of shape (4, 5, 5)"),
     ("4.2", 0, "Which two keys"),
-    ("4.2", 0.816, "at scores times 1"),
     ("4.3", lambda a, g, mean: a * (1 - a) * g, "is 0.386 here"),
     ("4.3", lambda a, g, mean: a * (g - (a * g).sum(-1, keepdim=True)), "other keys"),
     ("4.3", lambda a, g, mean: 0 * a, "It sends nothing"),
     ("4.3", lambda a, g, mean: a / 0, "NaNs or infinities"),
-    ("5.1", lambda r, f, n: ((r - f) / (n - f)).mean(), "the mean of the seeds' ratios"),
-    ("5.1", lambda r, f, n: (f - r).sum() / (n - f).sum(), "sign"),
     ("5.2", [2.1, 2.2, 2.0, 2.1, 2.2], "What widens an interval?"),
     ("5.2", [2.5, 2.6, 2.4, 2.5, 2.6], "and should be below 0.25"),
-    ("5.2", [2.0, 2.1, 1.9, 2.0, math.nan], "NaNs"),
     ("5.3", lambda h, *losses: True, "should be False, and it is 1"),
-    ("5.3", lambda h, rule, full, none: abs((d := rule - full - h * (none - full)).mean())
-     <= 1.96 * d.std(ddof=1) / len(d) ** 0.5, "a normal's 1.96"),
-    ("5.3", lambda h, rule, full, none: interval(0.9)(h, rule, full, none), "a one-sided quantile"),
-    ("5.4", (0.8, 0.8), "under the second"),
-    ("5.4", SOLUTIONS["5.4"][::-1], "wrong order"),
     ("6.1", (9, 90), "How much of the gap"),
-    ("6.1", (22, 231), "that at a decay of 0.99."),
     ("6.1", "22, 230", "2 things are wanted here"),
-    ("6.2", {"full"}, "not complete: 3 missing"),
-    ("6.2", SOLUTIONS["6.2"] | {"running"}, "running was tried"),
+    ("6.2", SOLUTIONS["6.2"] | {"running"}, "running sends something else"),
     ("6.2", 4, "Names are wanted here, and this is 4"),
     ("6.3", ((0.5, 0.5), (1.0, -1.0)), "the same way"),
     ("6.3", ((0.9, 0.1), (1.0, 1.0)), "One of the two is zero"),
@@ -207,22 +179,37 @@ def test_what_is_just_beyond_is_wrong(capsys, number, right, wrong) -> None:
 
 
 def test_the_right_answers_hold_by_other_means() -> None:
+    right = {number: getattr(judge, "right", None) for number, judge in EXERCISES.items()}
     a, g = torch.rand(5).softmax(-1), torch.rand(5)
     f, d, _ = split_softmax_gradient(a, g)
-    c = EXERCISES["1.3"].right(a, g)
+    c = right["1.3"](a, g)
     distances = [(d - at * a * (1 - a) - f).norm() for at in (c, c - 0.01, c + 0.01)]
     assert min(distances) == distances[0]
 
     dy = torch.randn(20_000, 2)
     for W, B in EXERCISES["2.3"].cases():
-        assert EXERCISES["2.3"].right(W, B) == bool((((dy @ W) * (dy @ B)).sum(-1) > 0).all())
+        assert right["2.3"](W, B) == bool((((dy @ W) * (dy @ B)).sum(-1) > 0).all())
 
-    attn, value, error = torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 5), torch.rand(2, 3, 4, 5)
-    grad = error @ value.mT
-    joined = [x.transpose(1, 2).flatten(2) for x in (attn @ value, error)]
-    torch.testing.assert_close(EXERCISES["3.1"].right(*joined, 3), (attn * grad).sum(-1))
+    a, g = torch.rand(2, 1, 4, 4).double(), torch.rand(2, 1, 4, 4).double()
+    table = head_energy(a.softmax(-1), g)[["r_diag", "r_offdiag", "r_cross"]].to_numpy()[0]
+    assert right["4.1"](a.softmax(-1)[:, 0], g[:, 0]) == pytest.approx(table)
 
-    errors = np.random.default_rng(0).normal(size=(100, 20_000))
-    total = 0.75 * (errors / np.linalg.norm(errors, axis=1, keepdims=True)).sum(0)
-    cosine = 100 / np.hypot(100, np.linalg.norm(total))
-    assert EXERCISES["5.4"].right()[1] == pytest.approx(cosine, abs=1e-4)
+    for h, *losses in EXERCISES["5.3"].cases():
+        result = harm(*losses)
+        assert right["5.3"](h, *losses) == (result.low <= h <= result.high)
+
+
+@pytest.mark.parametrize(("operation", "effect"), exercises.EFFECTS.items())
+def test_the_effects_of_operations_are_those_found_by_trying(operation, effect) -> None:
+    def gradient(done):
+        model, x, y = exercises.small_model()
+        with capture_attention(model.float(), maps=True) as layers:
+            _, loss = model(x, y)
+            eval(done, {"attn": layers[0].attn})
+            return torch.autograd.grad(loss, model.blocks[0].attn.q_proj.weight)[0]
+
+    try:
+        found = "harmless" if torch.equal(gradient(operation), gradient("attn")) else "silent"
+    except RuntimeError:
+        found = "error"
+    assert found == effect
