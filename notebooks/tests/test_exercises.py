@@ -57,12 +57,11 @@ def test_a_slip_gets_its_words(capsys, number: str, words: str) -> None:
     assert verdict(capsys, number, value) == f"not right yet. {words}"
 
 
-def unsafe_capture(model, x, y, keep=False, copies=False):
+def unsafe_capture(model, x, y, keep=False):
     """A capture that leaves its hooks behind: after an error, or after every call."""
     weights = []
 
     def hook(module, inputs, attn):
-        attn = attn.detach().clone().requires_grad_() if copies else attn
         attn.retain_grad()
         weights.append(attn)
 
@@ -73,37 +72,27 @@ def unsafe_capture(model, x, y, keep=False, copies=False):
     return [attn.grad for attn in weights]
 
 
-EFFECTS, RATIOS = SOLUTIONS["3.3"], SOLUTIONS["4.1"]
+EFFECTS = SOLUTIONS["3.3"]
 
 
 @pytest.mark.parametrize(("number", "answer", "words"), [
     # what students write beside the slips, and a word that only the message for it has
-    ("1.1", lambda a, g: a * (a * g - (a * g).sum()), "Right for one row, wrong for several"),
     ("1.1", lambda a, g: g, "g = [1, 2, 4] should be [-0.75, -0.375, -0.25], and it is [1, 2, 4]"),
-    ("1.1", lambda a, g: (a * g).sum(-1), "() and should be (3,)"),
     ("1.2", lambda s: s.softmax(-1), "What is it that ties the keys?"),
     ("1.2", torch.relu, "positive here"),
     ("1.4", [2.0, 0.0, -1.0], "is 0.88, and should be below"),
     ("1.4", [-1, -1, -1], "has no direction"),
-    ("2.1", lambda x, W, B, dy: (dy @ B, (dy.mT @ x).sum(0).T), "(4, 5) and should be (5, 4)"),
     ("2.1", lambda x, W, B, dy: (dy @ B, B), "grad_W is not right"),
     ("2.2", {"lm_head"}, "not complete: 4 missing"),
     ("2.2", {"lm_head", "o_proj"}, "The gradient of o_proj does turn"),
-    ("2.2", {"mlp"}, "'mlp' is none of "),
     ("2.3", lambda W, B: W @ B.T, "(2, 2) and should be that of a single number"),
-    ("3.1", lambda out, err, n: (out * err).unflatten(-1, (n, -1)).sum(-1),
-     "(3, 5, 2) and should be (3, 2, 5)"),
     ("3.1", lambda out, err, n: (out * err).unflatten(-1, (-1, n)).sum(-2).mT, "numbers are not"),
-    ("3.2", lambda *inputs: unsafe_capture(*inputs, copies=True), "layer 0 is None"),
+    ("3.2", lambda model, x, y: [None, None], "layer 0 is None"),
     ("3.2", unsafe_capture, "until the model raises an error"),
     ("3.2", lambda *inputs: unsafe_capture(*inputs, keep=True), "The gradients are right. But"),
-    ("3.2", lambda *inputs: unsafe_capture(*inputs)[0], "2 things are wanted here"),
-    ("3.2", lambda *inputs: [2 * grad for grad in unsafe_capture(*inputs)], "It is not the one"),
     ("3.3", EFFECTS | {"attn.mul_(0)": "silent"}, "PyTorch notices"),
-    ("3.3", EFFECTS | {"attn * 0": "fine"}, "'fine' is none of harmless, error, silent"),
     ("3.3", {"attn * 0": "harmless"}, "attn.mul_(0) is missing"),
     ("3.3", "harmless", "A dict"),
-    ("4.1", lambda a, g: np.sqrt(np.abs(RATIOS(a, g))), "r_diag on a = Tensor of shape (4, 5, 5)"),
     ("4.2", 0, "Which two keys"),
     ("4.3", lambda a, g, mean: a * (1 - a) * g, "is 0.386 here"),
     ("4.3", lambda a, g, mean: a * (g - (a * g).sum(-1, keepdim=True)), "other keys"),
@@ -111,8 +100,6 @@ EFFECTS, RATIOS = SOLUTIONS["3.3"], SOLUTIONS["4.1"]
     ("4.3", lambda a, g, mean: a / 0, "NaNs or infinities"),
     ("5.2", [2.1, 2.2, 2.0, 2.1, 2.2], "What widens an interval?"),
     ("5.2", [2.5, 2.6, 2.4, 2.5, 2.6], "and should be below 0.25"),
-    ("5.3", lambda h, *losses: True, "should be False, and it is 1"),
-    ("6.1", (9, 90), "How much of the gap"),
     ("6.1", "22, 230", "2 things are wanted here"),
     ("6.2", SOLUTIONS["6.2"] | {"running"}, "running sends something else"),
     ("6.2", 4, "Names are wanted here, and this is 4"),
@@ -190,9 +177,10 @@ def test_the_right_answers_hold_by_other_means() -> None:
     for W, B in EXERCISES["2.3"].cases():
         assert right["2.3"](W, B) == bool((((dy @ W) * (dy @ B)).sum(-1) > 0).all())
 
-    a, g = torch.rand(2, 1, 4, 4).double(), torch.rand(2, 1, 4, 4).double()
-    table = head_energy(a.softmax(-1), g)[["r_diag", "r_offdiag", "r_cross"]].to_numpy()[0]
-    assert right["4.1"](a.softmax(-1)[:, 0], g[:, 0]) == pytest.approx(table)
+    a, g = EXERCISES["4.1"].cases()[0]
+    table = head_energy(a[:, None].double(), g[:, None].double())
+    ratios = table[["r_diag", "r_offdiag", "r_cross"]].to_numpy()[0]
+    assert right["4.1"](a, g) == pytest.approx(ratios)
 
     for h, *losses in EXERCISES["5.3"].cases():
         result = harm(*losses)
