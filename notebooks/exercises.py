@@ -85,9 +85,9 @@ class Comparison:
         # Is it, in every case, a slip that is known?
         for words, slip in self.slips.items():
             said = [self.split(slip(*case.values())) for case in cases]
-            pairs = [pair for both in zip(given, said, strict=True) for pair in zip(*both, strict=True)]
-            known = [(value, part) for value, part in pairs if part is not None]
-            require(not all(close(*pair, self.within) for pair in known), words)
+            known = [both for values, parts in zip(given, said, strict=True)
+                     for both in zip(values, parts, strict=True) if both[1] is not None]
+            require(not all(close(*both, self.within) for both in known), words)
         # Any other answer: is it right, and where is the first difference?
         for case, values in zip(cases, given, strict=True):
             where = f" on {listed(case)}" if case else ""

@@ -4,7 +4,6 @@ import re
 import runpy
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from scipy.stats import ttest_1samp
@@ -47,11 +46,10 @@ def test_a_slip_gets_its_words(capsys, number: str, words: str) -> None:
     judge = EXERCISES[number]
 
     def answer(*inputs: object) -> object:
-        said = judge.slips[words](*inputs)
+        said, right = judge.slips[words](*inputs), judge.right(*inputs)
         if len(judge.parts) == 1:
             return said
-        return [right if part is None else part
-                for part, right in zip(said, judge.right(*inputs), strict=True)]
+        return [right[i] if part is None else part for i, part in enumerate(said)]
 
     value = answer() if judge.cases() == [()] else answer
     assert verdict(capsys, number, value) == f"not right yet. {words}"
@@ -91,9 +89,7 @@ EFFECTS = SOLUTIONS["3.3"]
     ("3.2", unsafe_capture, "until the model raises an error"),
     ("3.2", lambda *inputs: unsafe_capture(*inputs, keep=True), "The gradients are right. But"),
     ("3.3", EFFECTS | {"attn.mul_(0)": "silent"}, "PyTorch notices"),
-    ("3.3", {"attn * 0": "harmless"}, "attn.mul_(0) is missing"),
     ("3.3", "harmless", "A dict"),
-    ("4.2", 0, "Which two keys"),
     ("4.3", lambda a, g, mean: a * (1 - a) * g, "is 0.386 here"),
     ("4.3", lambda a, g, mean: a * (g - (a * g).sum(-1, keepdim=True)), "other keys"),
     ("4.3", lambda a, g, mean: 0 * a, "It sends nothing"),
@@ -103,7 +99,6 @@ EFFECTS = SOLUTIONS["3.3"]
     ("6.1", "22, 230", "2 things are wanted here"),
     ("6.2", SOLUTIONS["6.2"] | {"running"}, "running sends something else"),
     ("6.2", 4, "Names are wanted here, and this is 4"),
-    ("6.3", ((0.5, 0.5), (1.0, -1.0)), "the same way"),
     ("6.3", ((0.9, 0.1), (1.0, 1.0)), "One of the two is zero"),
     ("6.3", ((9, 1), (1.0, 0.5)), "sum to 1"),
     ("6.4", lambda a, g: (1 - a) * g, "your x is [0.5, 1.5, 3]: J x is [-0.438, 0.031, 0.406]"),
@@ -121,7 +116,6 @@ def test_a_wrong_answer_is_told_what_is_off(capsys, number, answer, words) -> No
     ("1.1", lambda a, g: 1 / 0, "not right yet. It raised ZeroDivisionError: division by zero, on "
      "a = [0.5, 0.25, 0.25], g = [1, 2, 4]."),
     ("1.1", lambda a, g: "o", "not right yet. Numbers are wanted here, and the answer is 'o'."),
-    ("1.4", [1j, 0, 0], "not right yet. Numbers are wanted here, and the answer is 1j."),
     ("1.4", [[1, 2, 3]], "not right yet. The shape of the answer is (1, 3) and should be (3,)."),
     ("0.1", 3, f"not right yet. There is no such exercise. There are {', '.join(EXERCISES)}."),
 ])
@@ -148,15 +142,11 @@ def interval(level: float):
       for number in ("1.3", "4.1", "5.1", "5.4")),
     ("1.2", torch.exp, lambda s: s.exp() + 1e-5 * s.sum(-1, keepdim=True)),
     ("1.4", [-28, -30, -31], [-23, -25, -26]),  # cosines of -0.204 and -0.196
-    ("2.3", SOLUTIONS["2.3"], lambda W, B: bool(W.norm() > 0)),
     ("4.2", 0.4482, 0.4502),
     ("4.3", mixed(0.875), mixed(0.85)),  # mean cosines of 0.86 and 0.848
-    ("5.2", [2.0, 2.1, 1.9, 2.0, 3.34], [2.0, 2.1, 1.9, 2.0, 3.36]),  # harms of 0.248 and 0.252
     ("5.2", [2.0, 2.1, 1.9, 2.0, 2.425], [2.0, 2.1, 1.9, 2.0, 2.4]),  # up to 0.264 and to 0.244
-    ("5.3", interval(0.95), interval(0.945)),
     ("5.3", interval(0.95), interval(0.955)),
     ("6.1", (22, 230), (22, 231)),
-    ("6.3", ((0.9, 0.1), (1, 0.12)), ((0.9, 0.1), (1, 0.11))),
     ("6.3", ((0.9, 0.1), (1, 0.5)), ((0.9, 0.10001), (1, 0.5))),
     ("6.4", lambda a, g: g / a - 7, lambda a, g: g / a**1.001),
 ])
