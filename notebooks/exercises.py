@@ -3,35 +3,32 @@
 Most exercises have one right answer and are data: the right answer as a function, cases to try it
 on, and slips, which are wrong answers with the words that each deserves. Where many answers are
 right, a judge of its own looks for the property that was asked for. A judge takes the answer,
-raises ``Wrong`` with a message that helps, and returns a remark for who got it right.
+raises a ``Verdict`` that helps where it is not right, and returns a remark where it is.
 """
 
 import inspect
 import textwrap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
-from itertools import count
+from functools import partial
+from itertools import count, product
 
 import numpy as np
 import torch
 from scipy.stats import t as student_t
 from torch import Tensor
 
-from helpers import capture_attention, capture_batch, gradient_cosines, harm, head_energy
+from helpers import capture_batch, harm
 from helpers import split_softmax_gradient as split
-from model_local import SOFTMAX_BACKWARD, FeedbackAlignmentLinear, LocalGPT, LocalGPTConfig
+from model_local import LocalGPT, LocalGPTConfig
 
 # ---- the verdict ----
 
 
-class Wrong(Exception):
-    """The answer is not right; the message says what is off."""
-
-
-class Unanswered(Exception):
-    """There is no answer yet."""
+class Verdict(Exception):
+    """Ends the judging: what is said of an answer that is not right."""
 
 
 EXERCISES: dict[str, Callable[[object], str]] = {}
@@ -50,24 +47,26 @@ def check(number: str, answer: object) -> None:
     """
     number = str(number)
     try:
-        if number not in EXERCISES:
-            raise Wrong(f"There is no such exercise. There are {', '.join(EXERCISES)}.")
-        if is_open(answer):
-            raise Unanswered
+        known = ", ".join(EXERCISES)
+        require(number in EXERCISES, f"There is no such exercise. There are {known}.")
+        refuse_open(answer)
         verdict = f"right. {EXERCISES[number](answer)}"
-    except Unanswered as reason:
-        verdict = f"not answered yet{reason}."
-    except Wrong as reason:
-        verdict = f"not right yet. {reason}"
+    except Verdict as reason:
+        verdict = str(reason)
     except Exception as error:  # an answer so unlike what was asked that the judge stumbles over it
         verdict = f"not right yet. The answer cannot be judged: {describe(error)}."
     verdict = f"Exercise {number}: {verdict}"
     print(textwrap.fill(verdict, 96, break_long_words=False, break_on_hyphens=False))
 
 
+def require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise Verdict(f"not right yet. {otherwise}")
+
+
 @dataclass(frozen=True)
 class Comparison:
-    """The judge of an exercise with one right answer."""
+    """The judge of an exercise with one right answer, which is the function below it."""
 
     right: Callable  # of the inputs of a case; of nothing, where the answer is no function
     remark: str  # for who got it right
@@ -76,72 +75,58 @@ class Comparison:
     parts: tuple[str, ...] = ("the answer",)  # what an answer consists of
     within: float | None = None  # as far off as this is right; None: rounding in float32
     otherwise: str = ""  # to any other wrong answer, where the right one should not be told
+    further: Callable[[object], object] = lambda answer: None  # a judge of more
 
     def __call__(self, answer: object) -> str:
         inputs = inspect.signature(self.right).parameters
-        cases = [dict(zip(inputs, values, strict=True)) for values in self.cases()]
-        got = [self.read(call(answer, **case) if case else answer) for case in cases]
+        cases = [dict(zip(inputs, values, strict=False)) for values in self.cases()]
+        given = [self.split(call(answer, **case) if case else answer) for case in cases]
+        given = [list(map(to_array, values, self.parts)) for values in given]
+        # Is it, in every case, a slip that is known?
         for words, slip in self.slips.items():
-            if all(self.agree(*both) for both in zip(got, self.said(slip, cases), strict=True)):
-                raise Wrong(words)
+            said = [self.split(slip(*case.values())) for case in cases]
+            known = [both for values, parts in zip(given, said, strict=True)
+                     for both in zip(values, parts, strict=True) if both[1] is not None]
+            require(not all(close(*both, self.within) for both in known), words)
         # Any other answer: is it right, and where is the first difference?
-        for case, values, rights in zip(cases, got, self.said(self.right, cases), strict=True):
+        for case, values in zip(cases, given, strict=True):
             where = f" on {listed(case)}" if case else ""
+            rights = self.split(self.right(*case.values()))
             for part, value, right in zip(self.parts, values, rights, strict=True):
-                if not close(value, right, self.within):
-                    numbers(value, tuple(np.shape(right)), part)
-                    wanted = f"{part}{where} should be {describe(right)}"
-                    difference = f"{wanted}, and it is {describe(value)}"
-                    raise Wrong(self.otherwise.format(part=part) or f"Not so: {difference}.")
+                numbers(value, tuple(np.shape(right)), part)
+                require(close(value, right, self.within), self.otherwise.format(part=part) or
+                        f"Not so: {part}{where} should be {describe(right)}, and it is "
+                        f"{describe(value)}.")
+        self.further(answer)
         return self.remark
 
-    def read(self, answer: object) -> list[np.ndarray]:
-        """The parts of an answer, each an array of whatever shape."""
-        values = [answer]
-        if len(self.parts) > 1:
-            values = list(answer) if isinstance(answer, list | tuple | Tensor | np.ndarray) else []
-            wanted = f"{len(self.parts)} things are wanted here, {', '.join(self.parts)}"
-            require(len(values) == len(self.parts), f"{wanted}, and this is {describe(answer)}.")
-        return [to_array(value, part) for value, part in zip(values, self.parts, strict=True)]
-
-    def said(self, function: Callable, cases: list[dict]) -> list:
-        """What the right answer or a slip gives in each of the cases, as a list of parts."""
-        results = [function(*case.values()) for case in cases]
-        return results if len(self.parts) > 1 else [[result] for result in results]
-
-    def agree(self, values: list[np.ndarray], said: Iterable) -> bool:
-        pairs = zip(values, said, strict=True)
-        return all(part is None or close(value, part, self.within) for value, part in pairs)
+    def split(self, answer: object) -> Sequence:
+        """The parts of an answer."""
+        parts, n = [answer] if len(self.parts) == 1 else answer, len(self.parts)
+        several = isinstance(parts, list | tuple | Tensor | np.ndarray) and len(parts) == n
+        require(several, f"{n} things are wanted here, {', '.join(self.parts)}, and this is "
+                f"{describe(answer)}.")
+        return parts
 
 
-def compared(**data: object) -> Callable[[Callable], Comparison]:
-    """The function below is the right answer, with which the judge compares."""
-    return lambda right: Comparison(right, **data)
-
-
-def compare_names(answer: object, known: Iterable[str], right: set[str], too_many: str) -> None:
-    """The judge of a set of names; too_many: what to say of a name that is not in it."""
-    chosen = names(answer, known)
-    for name in sorted(chosen - right):
-        raise Wrong(too_many.format(name=name))
+def compare_names(answer: object, right: set[str], others: set[str], too_many: str) -> None:
+    """The judge of a set of names; too_many: what to say of one of the others."""
+    chosen = names(answer, [*right, *others])
+    for name in sorted(chosen):
+        require(name in right, too_many.format(name=name))
     missing = len(right - chosen)
     require(not missing, f"Nothing in it is wrong, but it is not complete: {missing} missing.")
-
-
-def require(holds: bool, otherwise: str) -> None:
-    if not holds:
-        raise Wrong(otherwise)
 
 
 # ---- reading answers ----
 
 
-def is_open(answer: object) -> bool:
+def refuse_open(answer: object, why: str = "") -> None:
     """Is it, or a part of it, still the ``...`` (or the None) that was there to be replaced?"""
     parts = answer.values() if isinstance(answer, Mapping) else answer
-    if isinstance(answer, list | tuple | set | Mapping):
-        return any(part is ... for part in parts)
-    return answer is None or answer is ...
+    parts = parts if isinstance(answer, list | tuple | set | Mapping) else [answer]
+    if answer is None or any(part is ... for part in parts):
+        raise Verdict(f"not answered yet{why}.")
 
 
 def call(function: object, **inputs: object) -> object:
@@ -150,22 +135,21 @@ def call(function: object, **inputs: object) -> object:
     try:
         result = function(*deepcopy(list(inputs.values())))
     except (Exception, SystemExit) as error:
-        raise Wrong(f"It raised {describe(error)}, on {listed(inputs)}.") from None
-    if is_open(result):
-        raise Unanswered(" (the function returns None)" if result is None else "")
+        require(False, f"It raised {describe(error)}, on {listed(inputs)}.")
+    refuse_open(result, " (the function returns None)" if result is None else "")
     return result
 
 
 def to_array(value: object, what: str = "the answer") -> np.ndarray:
-    """Tensors, arrays, lists and plain numbers alike, in float64."""
+    """Tensors, arrays, lists and plain numbers (no text, None, complex ones), in float64."""
     if isinstance(value, list | tuple):
         value = [to_array(part, what) for part in value]
     try:
         array = np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
     except ValueError:  # parts of different shapes
         array = np.array(None)
-    if array.dtype.kind not in "biuf":  # text, None, complex numbers
-        raise Wrong(f"Numbers are wanted here, and {what} is {describe(value)}.")
+    numeric = array.dtype.kind in "biuf"
+    require(numeric, f"Numbers are wanted here, and {what} is {describe(value)}.")
     return array.astype(float)
 
 
@@ -173,8 +157,8 @@ def numbers(value: object, shape: tuple[int, ...], what: str = "the answer") -> 
     """An array of this shape, without NaNs."""
     array = to_array(value, what)
     wanted = str(shape) if shape else "that of a single number, ()"
-    if array.shape != shape and not (array.size == 1 and shape == ()):
-        raise Wrong(f"The shape of {what} is {array.shape} and should be {wanted}.")
+    require(array.shape == shape or (array.size == 1 and shape == ()),
+            f"The shape of {what} is {array.shape} and should be {wanted}.")
     require(np.isfinite(array).all(), f"There are NaNs or infinities in {what}.")
     return array
 
@@ -184,8 +168,8 @@ def names(value: object, known: Iterable[str]) -> set[str]:
     value = [value] if isinstance(value, str) else value
     require(isinstance(value, Iterable), f"Names are wanted here, and this is {describe(value)}.")
     chosen = {name if isinstance(name, str) else describe(name) for name in value}
-    for name in sorted(chosen - set(known)):
-        raise Wrong(f"{name!r} is none of {', '.join(known)}.")
+    for name in sorted(chosen):
+        require(name in known, f"{name!r} is none of {', '.join(known)}.")
     return chosen
 
 
@@ -233,26 +217,22 @@ def rows() -> list[tuple]:
 
 
 def causal_maps(B: int, T: int, spread: float, common: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention weights, errors that grow from sequence to sequence (B, T, T), visible keys (T, T).
-
-    spread: that of the scores; common: that of what all errors of a row share, their own being 1.
-    """
+    """Weights of scores with this spread, errors with this common part, and the visible keys."""
     visible = torch.ones(T, T, dtype=torch.bool).tril()
     a = (spread * normal(B, T, T)).masked_fill(~visible, -torch.inf).softmax(-1)
     g = normal(B, T, T, seed=1) + common * normal(B, T, 1, seed=2)
-    return a, g * tensor(range(1, B + 1))[:, None, None], visible
+    return a, g * tensor(range(1, B + 1))[:, None, None], visible  # larger errors further down
 
 
 def cosine(x: Tensor, y: Tensor) -> float:
-    x, y = x.flatten().double(), y.flatten().double()
-    return torch.cosine_similarity(x, y, dim=0, eps=0).item()
+    return torch.cosine_similarity(x.flatten().double(), y.flatten().double(), dim=0, eps=0).item()
 
 
-def small_model(n_layer: int, method: str) -> tuple[LocalGPT, Tensor, Tensor]:
-    """An untrained model of 2 heads of 4 channels, and a batch (3, 5) of inputs and targets."""
+def small_model() -> tuple[LocalGPT, Tensor, Tensor]:
+    """An untrained model, 2 layers of 2 heads, and a batch (3, 5) of inputs and targets."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = LocalGPT(LocalGPTConfig(5, 11, n_layer, 2, 8, method=method))
+        model = LocalGPT(LocalGPTConfig(5, 11, n_layer=2, n_head=2, n_embd=8, method="fa"))
         return model, *torch.randint(11, (2, 3, 5))
 
 
@@ -267,15 +247,15 @@ def losses(n: int, seed: int = 0, excess: float = 0.5) -> tuple[np.ndarray, ...]
 
 
 @exercise("1.1", "easy", minutes=10)
-@compared(cases=rows, slips={
+@partial(Comparison, cases=rows, slips={
     "This is the whole of f: its rows sum to zero. What a key can do by itself has to go.":
-        lambda a, g: a * (g - (a * g).sum(-1, keepdim=True)),
+        lambda a, g: split(a, g).full,
     "This is the diagonal part. The other part is wanted.":
-        lambda a, g: a * (1 - a) * g,
+        lambda a, g: split(a, g).diag,
     "The sign is off: what the others gain, this key has to lose.":
-        lambda a, g: a * ((a * g).sum(-1, keepdim=True) - a * g),
+        lambda a, g: -lateral_part.right(a, g),
     "The sum is right, but each key weighs it by its own attention: a factor a is missing.":
-        lambda a, g: a * g - (a * g).sum(-1, keepdim=True),
+        lambda a, g: lateral_part.right(a, g) / a,
     "The sum runs over the *other* keys; yours takes in the key's own term, too.":
         lambda a, g: -a * (a * g).sum(-1, keepdim=True),
     "Right for one row, wrong for several: each row has a sum of its own, over the last axis.":
@@ -296,18 +276,16 @@ def local_weights(answer: object) -> str:
         change = numbers(call(answer, s=s + 0.5 * torch.eye(4)[key].to(s)), (2, 4)) - weights
         require((change[:, key] > 1e-6).all(),
                 f"The score of key {key} rises, and its own weight does not grow in every row.")
-        change[:, key] = 0
-        row, other = np.unravel_index(np.abs(change).argmax(), change.shape)
-        require(abs(change[row, other]) <= 1e-6,
-                f"The score of key {key} rises, and in row {row} the weight of key {other} moves: "
-                "an off-diagonal entry of the Jacobian. What is it that ties the keys?")
+        require(np.abs(np.delete(change, key, axis=1)).max() <= 1e-6,
+                f"The score of key {key} rises, and the weight of another key moves: an "
+                "off-diagonal entry of the Jacobian. What is it that ties the keys?")
     low, high = weights.sum(-1).min(), weights.sum(-1).max()
     return (f"The price: rows sum to {low:.2f} and {high:.2f} where a softmax has 1. Keys do not "
             "compete: a query without a match can attend to nothing, one with many to all of them.")
 
 
 @exercise("1.3", "medium", minutes=15)
-@compared(cases=lambda: [(tensor([0.7, 0.2, 0.1]), tensor([1, 2, 4])),
+@partial(Comparison, cases=lambda: [(tensor([0.7, 0.2, 0.1]), tensor([1, 2, 4])),
                          (normal(6).softmax(-1), 3 + normal(6, seed=1))], slips={
     "This is the lateral sum b. Try constants near it: some come closer to f.":
         lambda a, g: (a * g).sum(),
@@ -332,71 +310,49 @@ def against(answer: object) -> str:
 
 
 @exercise("2.1", "easy", minutes=10)
-@compared(cases=lambda: [(normal(2, 3, 4, seed=2), normal(5, 4), normal(5, 4, seed=1),
+@partial(Comparison, cases=lambda: [(normal(2, 3, 4, seed=2), normal(5, 4), normal(5, 4, seed=1),
                           normal(2, 3, 5, seed=3))], slips={
     "grad_x is backpropagation's: it came through W, which is what feedback alignment avoids.":
         lambda x, W, B, grad_y: (grad_y @ W, None),
-    "grad_W has the shape (4, 5), and should have that of W, which is (5, 4).":
-        lambda x, W, B, grad_y: (None, torch.einsum("bto,bti->io", grad_y, x)),
     "grad_W is a mean over all positions. All of them pull at the weight together: it is a sum.":
-        lambda x, W, B, grad_y: (None, torch.einsum("bto,bti->oi", grad_y, x) / 6),
-    "grad_W is a mean over the sequences. All of them pull at the weight together: it is a sum.":
-        lambda x, W, B, grad_y: (None, torch.einsum("bto,bti->oi", grad_y, x) / 2),
+        lambda x, W, B, grad_y: (None, feedback_alignment.right(x, W, B, grad_y)[1] / 6),
 }, parts=("grad_x", "grad_W"),
    otherwise="{part} is not right. Which matrix carries the error back to x? The weight's gradient "
    "is the same in all rules: an outer product, summed over all positions.",
    remark="B is in one place only: in what x is told. The weight's update is backpropagation's.")
 def feedback_alignment(x, W, B, grad_y):
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        layer = FeedbackAlignmentLinear(4, 5)
-        layer.weight.copy_(W)
-        layer.feedback.copy_(B)
-    x = x.clone().requires_grad_()
-    return torch.autograd.grad(layer(x), (x, layer.weight), grad_y)
+    return grad_y @ B, torch.einsum("bto,bti->oi", grad_y, x)
 
 
 @exercise("2.2", "medium", minutes=10)
 def same_direction(answer: object) -> str:
     """The parameters whose gradient keeps its direction when all feedback of a block doubles."""
-    asked = ("lm_head", "ln_f", "down_proj", "up_proj",
-             "ln_2", "o_proj", "v_proj", "token_embedding")
-    model, x, y = small_model(1, "fa")
-    louder = deepcopy(model.double())
-    for module in louder.modules():
-        if hasattr(module, "feedback"):
-            module.feedback.mul_(2)
-    cosines = gradient_cosines(model, louder, x, y)
-    kept = {name.split(".")[-2] for name, found in cosines.items() if found > 1 - 1e-9}
-    compare_names(answer, asked, kept & set(asked), "The gradient of {name} does turn. Errors "
-                  "reach it on several paths: how many feedback matrices are on each?")
+    compare_names(answer, right={"lm_head", "ln_f", "down_proj", "up_proj", "ln_2"},
+                  others={"o_proj", "v_proj", "token_embedding"},
+                  too_many="The gradient of {name} does turn. Errors reach it on several paths: "
+                  "how many feedback matrices are on each?")
     return ("Adam, which divides by a gradient's size, trains these alike whatever the scale. "
             "Below, paths with one feedback matrix and with three meet: scale decides their mix.")
 
 
-TURNED = [[0.5, -0.866], [0.866, 0.5]]  # by 60 degrees
-SQUARES = (TURNED, [[1, 0], [0, -0.1]], [[1, 10], [0, 1]], [[1, 5], [-5, 1]])
-
-
 @exercise("2.3", "hard", minutes=25)
-@compared(cases=lambda: [(normal(2, 3), normal(2, 3)), (normal(2, 3), -normal(2, 3)),
-                         *((tensor(np.eye(2)), tensor(B)) for B in SQUARES)], slips={
+@partial(Comparison, cases=lambda: [(normal(2, 3), normal(2, 3)), (normal(2, 3), -normal(2, 3)),
+                         *((tensor(np.eye(2)), tensor(B)) for B in (
+    [[0.5, -0.866], [0.866, 0.5]], [[1, 0], [0, -0.1]], [[1, 10], [0, 1]], [[1, 5], [-5, 1]],
+))], slips={
     "This tells of dy on average. For W = eye(2) and B = [[1, 0], [0, -0.1]] try dy = (0, 1).":
         lambda W, B: (W * B).sum() > 0,
     "Eigenvalues of M do not tell. For W = eye(2) and B = [[1, 10], [0, 1]] try dy = (-1, 1).":
         lambda W, B: (torch.linalg.eigvals(W @ B.T).real > 0).all(),
-    "B need not be W: it may turn every error by 60 degrees, and still help.":
-        lambda W, B: (W == B).all(),
 }, remark="Lillicrap et al. ask it of the errors that occur. B is fixed: W has to come to meet it.")
 def always_helps(W, B):
     return bool((torch.linalg.eigvalsh(W @ B.T + B @ W.T) > 0).all())
 
 
 @exercise("3.1", "easy", minutes=10)
-@compared(cases=lambda: [(normal(3, 5, 8), normal(3, 5, 8, seed=1), 2)], slips={
+@partial(Comparison, cases=lambda: [(normal(3, 5, 8), normal(3, 5, 8, seed=1), 2)], slips={
     "That is one number a query. There are two heads, and each has a lateral sum of its own.":
         lambda output, d_output, n_head: (output * d_output).sum(-1),
-    "The shape is (3, 5, 2), which is (B, T, H), and should be (B, H, T): swap the last two axes.":
-        lambda output, d_output, n_head: (output * d_output).reshape(3, 5, 2, 4).sum(-1),
     "The channels are cut as if all of head 0 came first. In memory the heads sit side by side in "
     "every position: cut the last axis in two, then swap axes.":
         lambda output, d_output, n_head: (output * d_output).reshape(3, 2, 5, 4).sum(-1),
@@ -404,127 +360,93 @@ def always_helps(W, B):
    "over the channels of a head: are they this head's, and is it a sum?",
    remark="No attention weight was needed, and no other key: the query had it all.")
 def lateral_sum(output, d_output, n_head):
-    heads = zip(output.chunk(n_head, -1), d_output.chunk(n_head, -1), strict=True)
-    return torch.stack([(out * error).sum(-1) for out, error in heads], 1)
+    return (output * d_output).unflatten(-1, (n_head, -1)).sum(-1).mT
 
 
-def hooks_on(model: torch.nn.Module) -> str:
-    """The names of the modules that carry a hook."""
+def leave_no_hook(capture: Callable) -> None:
+    """Neither after a call nor after an error. (The model refuses more than 5 tokens.)"""
+    model, x, y = small_model()
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    modules = model.named_modules()
-    return ", ".join(name for name, m in modules if any(getattr(m, kind) for kind in kinds))
+    for tokens, words in (
+        ((x, y), "The gradients are right. But a hook is left behind on {}."),
+        (torch.zeros(2, 1, 6, dtype=torch.long), "All is well until the model raises an error: "
+         "then a hook is left behind on {}. What stands after `finally` is done in any case."),
+    ):
+        with suppress(Exception, SystemExit):
+            capture(model, *tokens)
+        modules = model.named_modules()
+        left = [name for name, m in modules if any(getattr(m, kind) for kind in kinds)]
+        require(not left, words.format(", ".join(left)))
 
 
-@compared(cases=lambda: [small_model(2, "fa")], slips={
+@exercise("3.2", "hard", minutes=25)
+@partial(Comparison, cases=lambda: [small_model()], slips={
     "These are the attention weights. Their gradient is wanted.":
         lambda *inputs: [layer.attn for layer in capture_batch(*inputs)],
     "The layers come in the order in which the backward pass meets them: the last one first.":
         lambda *inputs: [layer.grad for layer in capture_batch(*inputs)[::-1]],
     "This is the error at the scores, before the softmax. That at the attention weights is wanted.":
         lambda *inputs: [split(layer.attn, layer.grad).full for layer in capture_batch(*inputs)],
-}, parts=("the gradient of layer 0", "that of layer 1"),
+}, parts=("the gradient of layer 0", "that of layer 1"), further=leave_no_hook,
    otherwise="It is not the one at the attention weights that was captured here: {part}.",
    remark="And no hook is left behind, not even after an error.")
-def captured(model, x, y):
+def own_capture(model, x, y):
     return [layer.grad for layer in capture_batch(model, x, y)]
 
 
-@exercise("3.2", "hard", minutes=25)
-def own_capture(answer: object) -> str:
-    """A function (model, x, y) -> dL/dA of every layer, in order, that leaves no hook behind."""
-    model, x, y = small_model(2, "fa")
-    result = call(answer, model=model, x=x, y=y)
-    require(not isinstance(result, list) or type(None) not in map(type, result), "There is None in "
-            "the list: the tensor that was asked is not the one that the forward pass used.")
-    remark = captured(answer)
-    answer(model, x, y)
-    left = hooks_on(model)
-    require(not left, f"The gradients are right. But a hook is left behind on {left}.")
-    with suppress(Exception, SystemExit):  # the model refuses more than 5 tokens, as is wanted here
-        answer(model, *torch.zeros(2, 1, 6, dtype=torch.long))
-    left = hooks_on(model)
-    require(not left, "All is well until the model raises an error: then a hook is left behind on "
-            f"{left}. What stands after `finally` is done in any case.")
-    return remark
-
-
-OPERATIONS = ("attn * 0", "attn.mul_(0)", "attn.clone().mul_(0)", "attn.numpy().fill(0)",
-              "attn.double().mul_(0)")
-EFFECTS = {
+MEANINGS = {
     "harmless": "it makes a tensor of its own and writes, if at all, there",
     "error": "it writes to the memory that the backward pass reads, and PyTorch notices",
     "silent": "it writes to the memory that the backward pass reads, and PyTorch does not see it",
 }
-
-
-def gradient_after(operation: str) -> Tensor:
-    """The model's gradient, where captured weights meet this before the backward pass."""
-    model, x, y = small_model(1, "bp")
-    model.float()  # so that attn.double() is not attn itself
-    with capture_attention(model, maps=True) as layers:
-        _, loss = model(x, y)
-        eval(operation, {"attn": layers[0].attn})
-        return torch.autograd.grad(loss, model.blocks[0].attn.q_proj.weight)[0]
+EFFECTS = {
+    "attn * 0": "harmless", "attn.mul_(0)": "error", "attn.clone().mul_(0)": "harmless",
+    "attn.numpy().fill(0)": "silent", "attn.double().mul_(0)": "harmless",
+}
 
 
 @exercise("3.3", "medium", minutes=15)
 def operations(answer: object) -> str:
-    """What each operation on captured weights does to the backward pass: one of EFFECTS."""
+    """What each operation on captured weights does to the backward pass."""
     require(isinstance(answer, Mapping),
             f"A dict from operation to effect is wanted here, and this is {describe(answer)}.")
-    names(answer, OPERATIONS)
-    names(answer.values(), EFFECTS)
-    right = gradient_after("attn")
-    for operation in OPERATIONS:
+    names(answer, EFFECTS)
+    names(answer.values(), MEANINGS)
+    for operation, effect in EFFECTS.items():
         require(operation in answer, f"{operation} is missing.")
-        try:
-            effect = "harmless" if torch.equal(gradient_after(operation), right) else "silent"
-        except RuntimeError:
-            effect = "error"
-        require(answer[operation] == effect, f"{operation} was tried, and is not of the kind "
-                f"{answer[operation]!r}: {EFFECTS[effect]}.")
+        require(answer[operation] == effect, f"{operation} is not of the kind "
+                f"{answer[operation]!r}: {MEANINGS[effect]}.")
     return "The last kind is the dangerous one: whoever writes to what was captured should copy it."
 
 
-def ratios(a: Tensor, g: Tensor) -> list[float]:
+@exercise("4.1", "easy", minutes=10)
+@partial(Comparison, cases=lambda: [causal_maps(4, 5, spread=1, common=0.5)[:2]], slips={
+    "One triple a head is wanted, and these are those of the single sequences.":
+        lambda a, g: np.transpose(list(map(energy_ratios.right, a, g))),
+    "This is the mean of the sequences' ratios. Average the energies first, then divide.":
+        lambda a, g: np.mean(list(map(energy_ratios.right, a, g)), axis=0),
+    "Your r_offdiag is 1 - r_diag, which takes in the cross term and is no energy.":
+        lambda a, g: (None, 1 - energy_ratios.right(a, g)[0], None),
+    "Your r_cross is half of what it should be: the square of d + o has the term 2 d o.":
+        lambda a, g: (None, None, energy_ratios.right(a, g)[2] / 2),
+}, parts=("r_diag", "r_offdiag", "r_cross"), within=1e-3,
+   remark="They sum to 1, and the largest sequence has most of the say.")
+def energy_ratios(a, g):
     f, d, o = split(a.double(), g.double())
     return [part.sum().item() / (f * f).sum().item() for part in (d * d, o * o, 2 * d * o)]
 
 
-@exercise("4.1", "easy", minutes=10)
-@compared(cases=lambda: [causal_maps(4, 5, spread=1, common=0.5)[:2]], slips={
-    "One triple a head is wanted, and these are those of the single sequences.":
-        lambda a, g: np.transpose([ratios(*maps) for maps in zip(a, g, strict=True)]),
-    "This is the mean of the sequences' ratios. Average the energies first, then divide.":
-        lambda a, g: np.mean([ratios(*maps) for maps in zip(a, g, strict=True)], axis=0),
-    "Your r_offdiag is 1 - r_diag, which takes in the cross term and is no energy.":
-        lambda a, g: (None, 1 - ratios(a, g)[0], None),
-    "Your r_cross is half of what it should be: the square of d + o has the term 2 d o.":
-        lambda a, g: (None, None, ratios(a, g)[2] / 2),
-    "Your r_diag is the root of what it should be: an energy is a square.":
-        lambda a, g: (ratios(a, g)[0] ** 0.5, None, None),
-}, parts=("r_diag", "r_offdiag", "r_cross"), within=1e-3,
-   remark="They sum to 1, and the largest sequence has most of the say.")
-def energy_ratios(a, g):
-    table = head_energy(a[:, None].double(), g[:, None].double())
-    return table[["r_diag", "r_offdiag", "r_cross"]].to_numpy()[0]
-
-
-def cosine_at(factor: float) -> float:
-    scores, g = torch.tensor([2, 1.5, 1, 0]).double(), torch.tensor([3, 1, -2, 5]).double()
-    f, d, _ = split((factor * scores).softmax(-1), g)
-    return cosine(d, f)
-
-
 @exercise("4.2", "hard", minutes=20)
-@compared(slips={
-    "That is the cosine at scores times 1. It goes on changing from there.": lambda: cosine_at(1),
-    "That is the cosine at scores times 3. It goes on changing from there.": lambda: cosine_at(3),
+@partial(Comparison, slips={
+    f"That is the cosine at scores times {factor}. It goes on changing from there.":
+        lambda factor=factor: low_temperature.right(factor) for factor in (1, 3)
 }, within=2e-3,
    otherwise="It is another number between -1 and 1. Which two keys have a say to the last?",
    remark="Both d and f vanish, but not their angle: it hangs on two errors, common mode included.")
-def low_temperature():
-    return cosine_at(40)
+def low_temperature(factor=40):
+    scores, g = torch.tensor([2, 1.5, 1, 0]).double(), torch.tensor([3, 1, -2, 5]).double()
+    f, d, _ = split((factor * scores).softmax(-1), g)
+    return cosine(d, f)
 
 
 @exercise("4.3", "easy", minutes=10)
@@ -533,8 +455,7 @@ def local_rule(answer: object) -> str:
     a, g, visible = causal_maps(50, 12, spread=2, common=2)
     f = split(a, g).full[:, visible]  # (B, visible pairs), as all below
     mean = (g * visible).sum(-1, keepdim=True) / visible.sum(-1, keepdim=True)
-    maps = {"a": a, "g": g, "mean": mean.expand_as(g)}
-    shown = {name: values[:, visible] for name, values in maps.items()}
+    shown = {"a": a[:, visible], "g": g[:, visible], "mean": mean.expand_as(g)[:, visible]}
     sent = numbers(call(answer, **shown), tuple(f.shape))
     fewer = {name: values[:, ::2] for name, values in shown.items()}
     require(close(numbers(call(answer, **fewer), (50, 39)), sent[:, ::2]), "It looks at other keys:"
@@ -546,7 +467,7 @@ def local_rule(answer: object) -> str:
 
 
 @exercise("5.1", "easy", minutes=5)
-@compared(cases=lambda: [losses(3), losses(5, seed=7, excess=-0.2)], slips={
+@partial(Comparison, cases=lambda: [losses(3), losses(5, seed=7, excess=-0.2)], slips={
     "This is the mean of the seeds' ratios. A seed with a small denominator would decide it all.":
         lambda rule, full, none: np.mean((rule - full) / (none - full)),
     "Its sign is off: a rule that is worse than full does harm.":
@@ -571,42 +492,33 @@ def small_but_not_tolerable(answer: object) -> str:
     return f"{found}: {result.verdict}. Five such seeds leave it open whether the rule is harmless."
 
 
-def candidates() -> list[tuple]:
+def candidates() -> Iterator[tuple]:
     """Harms on both sides of both ends of the interval, 1 to 90 % of its width away."""
-    steps, cases = np.geomspace(0.01, 0.9, 12), []
+    steps = np.geomspace(0.01, 0.9, 12)
     for table in (losses(5), losses(3), losses(10, excess=1.2)):
         result = harm(*table)
-        for step in np.concatenate([-steps, steps]) * (result.high - result.low):
-            cases += [(float(end + step), *table) for end in (result.low, result.high)]
-    return cases
+        for end, step in product((result.low, result.high), [*-steps, *steps]):
+            yield end + step * (result.high - result.low), *table
 
 
-def passes(h, rule, full, none, ddof=1, quantile=lambda n: student_t.ppf(0.975, n - 1)):
-    """Does a t test find nothing against this harm?"""
+@exercise("5.3", "hard", minutes=30)
+@partial(Comparison, cases=candidates, slips={
+    "The interval is too narrow, as with a normal's 1.96: for few seeds Student's t is larger.":
+        lambda *inputs: is_inside.right(*inputs, quantile=lambda n: 1.96),
+    "The interval is too narrow, as with a standard deviation that divides by n, not n - 1.":
+        lambda *inputs: is_inside.right(*inputs, ddof=0),
+    "The interval is too narrow, as with a one-sided quantile: 95 % leave 2.5 % at each side.":
+        lambda *inputs: is_inside.right(*inputs, quantile=lambda n: student_t.ppf(0.95, n - 1)),
+}, remark="All that is uncertain is a mean of differences: no ratio had to be trusted.")
+def is_inside(h, rule, full, none, ddof=1, quantile=lambda n: student_t.ppf(0.975, n - 1)):
     difference, n = (rule - full) - h * (none - full), len(rule)
     return abs(difference.mean()) <= quantile(n) * difference.std(ddof=ddof) / np.sqrt(n)
 
 
-@exercise("5.3", "hard", minutes=30)
-@compared(cases=candidates, slips={
-    "The interval is too narrow, as with a normal's 1.96: for few seeds Student's t is larger.":
-        lambda *inputs: passes(*inputs, quantile=lambda n: 1.96),
-    "The interval is too narrow, as with a standard deviation that divides by n, not n - 1.":
-        lambda *inputs: passes(*inputs, ddof=0),
-    "The interval is too narrow, as with a one-sided quantile: 95 % leave 2.5 % at each side.":
-        lambda *inputs: passes(*inputs, quantile=lambda n: student_t.ppf(0.95, n - 1)),
-}, remark="All that is uncertain is a mean of differences: no ratio had to be trusted.")
-def is_inside(h, rule, full, none):
-    result = harm(rule, full, none)
-    return bool(result.low <= h <= result.high)
-
-
 @exercise("5.4", "medium", minutes=15)
-@compared(slips={
+@partial(Comparison, slips={
     "These are the right numbers in the wrong order: the constant error comes first.":
         lambda: (100 / np.hypot(100, 7.5), 0.8),
-    "With a random error the cosine is not quite 1: how long is the sum of 100 such errors?":
-        lambda: (None, 1),
 }, parts=("the cosine under the first rule", "that under the second"), within=1e-3,
    otherwise="It is another number, {part}. How long is the sum of 100 such errors?",
    remark="It was 0.8 at every iteration, and after 100 of them only one rule has gone astray.")
@@ -616,7 +528,7 @@ def adding_up():
 
 
 @exercise("6.1", "easy", minutes=10)
-@compared(slips={
+@partial(Comparison, slips={
     "At a decay of 0.9, after 21 steps it is just below 0.9.": lambda: (21, None),
     "At a decay of 0.99, after 229 steps it is just below 0.9.": lambda: (None, 229),
 }, parts=("the number at a decay of 0.9", "that at a decay of 0.99"), within=0,
@@ -629,14 +541,10 @@ def steps_to_follow():
 @exercise("6.2", "medium", minutes=10)
 def blind_rules(answer: object) -> str:
     """The rules of the family that do not see a constant added to g."""
-    family = ("zero", "diagonal", "running", "diagonal_running",
-              "mean", "diagonal_mean", "full", "diagonal_lateral")
-    a, g, visible = causal_maps(2, 6, spread=1, common=0)
-    rules = {name: SOFTMAX_BACKWARD[name] for name in family}
-    blind = {name for name, rule in rules.items() if close(*(
-        rule(a, error, visible, tensor(0.3)) for error in (g, g + 5)))}
-    compare_names(answer, family, blind, "{name} was tried with g and with g + 5, and sends "
-                  "something else. Does its baseline move along?")
+    compare_names(answer, right={"mean", "diagonal_mean", "full", "diagonal_lateral"},
+                  others={"zero", "diagonal", "running", "diagonal_running"},
+                  too_many="{name} sends something else for g + 5 than for g. Does its baseline "
+                  "move along?")
     return "Blindness is not enough either: only one of them leaves every row's sum at zero."
 
 
@@ -648,8 +556,7 @@ def turned_round(answer: object) -> str:
             f"a should be two positive weights that sum to 1, and it is {describe(a)}.")
     f, sent = split(a, g).full, split(a, (1 - a) * g).full  # equation (6.2)
     found = f"f is {describe(f)}, and the balanced rule sends {describe(sent)}"
-    smallest = min(f.norm(), sent.norm())
-    require(smallest > 1e-6 * g.norm(), f"One of the two is zero: {found}.")
+    require(min(f.norm(), sent.norm()) > 1e-6 * g.norm(), f"One of the two is zero: {found}.")
     require(cosine(f, sent) < 0, f"They point the same way: {found}.")
     return f"{found}. Yet both have the form J x."
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data import prepare
@@ -52,9 +52,6 @@ def call(monkeypatch, *arguments):
     return 0
 
 
-# ---- any text -----------------------------------------------------------------------------------
-
-
 def test_the_files_are_byte_by_byte_those_of_nanogpts_own_script(data):
     prepare.write_corpus("text", TEXT)
     chars = sorted(set(TEXT))
@@ -68,22 +65,12 @@ def test_the_files_are_byte_by_byte_those_of_nanogpts_own_script(data):
     }
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=2, max_size=400))
-def test_any_text_comes_back_from_the_files_as_it_was(data, text):
-    text = "ab\r\n" + text * (650 // len(text) + 1)
-    prepare.write_corpus("text", text)
-    assert text_of("text", data) == text
-
-
-def test_a_file_with_any_line_ends_and_many_characters_becomes_a_corpus(data, monkeypatch, capsys):
-    text = ("".join(map(chr, range(0x4E00, 0x4E00 + 700))) + "\r\n\r\n\n\r🙂") * 2
+def test_a_file_with_any_line_ends_becomes_a_corpus(data, monkeypatch, capsys):
+    text = "one\r\n\r\n\n\r🙂" * 100
     (data / "my text.txt").write_bytes(text.encode())
     assert call(monkeypatch, "--text", data / "my text.txt", "--name", "own_text") == 0
     assert text_of("own_text", data) == text
     assert hashlib.sha256(text.encode()).hexdigest() in capsys.readouterr().out
-    with pytest.raises(prepare.CorpusError, match="65,537 distinct"):
-        prepare.encode("".join(map(chr, range(0x10000, 0x20001))))
 
 
 @pytest.mark.parametrize(("content", "name", "message"), [
@@ -91,6 +78,7 @@ def test_a_file_with_any_line_ends_and_many_characters_becomes_a_corpus(data, mo
     (b"caf\xe9" * 200, "text", r"not UTF-8 \(byte 3\)"),
     (TEXT.encode()[:640], "text", "at least 65 are needed"),
     (b"a" * 700, "text", "1 distinct"),
+    ("".join(map(chr, range(0x10000, 0x20001))).encode(), "text", "65,537 distinct"),
     (TEXT.encode(), "../text", "cannot name a corpus"),
     (TEXT.encode(), "shakespeare_char", "not Tiny Shakespeare"),
 ])
@@ -101,9 +89,6 @@ def test_a_text_that_cannot_be_a_corpus_is_refused_and_nothing_is_written(
     assert call(monkeypatch, "--text", data / "input.txt", f"--name={name}") == 2
     assert re.search(message, capsys.readouterr().err)
     assert {path.name for path in data.iterdir()} <= {"input.txt"}
-
-
-# ---- folders ------------------------------------------------------------------------------------
 
 
 def test_a_damaged_corpus_is_made_again_and_a_whole_one_left_alone(data):
@@ -139,34 +124,30 @@ def test_a_write_that_fails_leaves_the_old_corpus_and_nothing_else(data, monkeyp
 def test_what_is_no_corpus_is_never_deleted(data, precious):
     (data / precious).parent.mkdir(exist_ok=True)
     (data / precious).write_text("precious")
-    with pytest.raises(prepare.CorpusError, match=r"is or holds something else.*move it away"):
+    with pytest.raises(ValueError, match=r"is or holds something else.*move it away"):
         prepare.write_corpus("text", TEXT)
     assert (data / precious).read_text() == "precious"
 
 
-# ---- Tiny Shakespeare ---------------------------------------------------------------------------
-
 def test_tiny_shakespeare_is_made_of_the_plays_once_and_then_kept(data, monkeypatch, capsys):
     plays = dict.fromkeys(prepare.PLAYS, "# Scene\n\n**A**  \nTo be, or not to be.\n")
-    fetched, text = plays, prepare.assemble(plays)
+    text = prepare.assemble(plays)
     monkeypatch.setattr(prepare, "SHAKESPEARE_VOCABULARY", "".join(sorted(set(text))))
     monkeypatch.setattr(prepare, "SHAKESPEARE_SHA256", prepare.sha256(text))
     monkeypatch.setattr(prepare, "MIN_VALIDATION", 1)
-    monkeypatch.setattr(prepare, "fetch_plays", lambda: fetched)
-    assert call(monkeypatch) == 0 and text_of("shakespeare_char", data) == text
-    whole = content(data / "shakespeare_char")
+    monkeypatch.setattr(prepare, "fetch_plays", lambda: plays)
+    assert call(monkeypatch) == 0
+    folder = data / "shakespeare_char"
+    whole = content(folder)
 
     # What is not in the tokens follows from them: the plays are not needed again.
-    fetched = {"roman/coriolanus": "**A**\nAnother text.\n"}
-    (data / "shakespeare_char" / "meta.pkl").unlink()
-    assert call(monkeypatch, "shakespeare_char") == 0
-    assert content(data / "shakespeare_char") == whole
+    plays = {"roman/coriolanus": "**A**\nAnother text.\n"}
+    (folder / "meta.pkl").unlink()
+    assert call(monkeypatch, "shakespeare_char") == 0 and content(folder) == whole
 
     # With one wrong token they are, and they have to be the right ones.
-    (data / "shakespeare_char" / "val.bin").write_bytes(b"\1" + whole["val.bin"][1:])
+    (folder / "val.bin").write_bytes(b"\1" + whole["val.bin"][1:])
     assert call(monkeypatch) == 2 and "another text than Tiny" in capsys.readouterr().err
-    fetched = plays
-    assert call(monkeypatch) == 0 and content(data / "shakespeare_char") == whole
 
 
 def test_without_an_index_the_error_has_the_words_of_pip_and_what_to_do(data, monkeypatch, capfd):
@@ -212,21 +193,13 @@ def meta_with(**changes):
     return pickle.dumps(meta | changes)
 
 
-DOUBLE = ITOS | {0: "ab"}
-
-
 @pytest.mark.parametrize(("meta", "message"), [
     (meta_with(stoi=Hostile()), r"asks for \w+.system"),
     (meta_with(vocab_size=3), "belong together"),
-    (meta_with(itos=list(ITOS.values())), "belong together"),
     (meta_with(stoi={c: i for i, c in ITOS.items()} | {"b": 4, "e": 5}), "belong together"),
-    (meta_with(itos=DOUBLE, stoi={c: i for i, c in DOUBLE.items()}), "single characters"),
     (meta_with(itos={0: "a"}, stoi={"a": 0}, vocab_size=1), "two or more"),
-    (meta_with(itos={str(i): c for i, c in ITOS.items()}), "KeyError"),
-    (pickle.dumps({"itos": ITOS}), "KeyError"),
     (pickle.dumps(7), "TypeError"),
     (meta_with()[:-9], "UnpicklingError|EOFError"),
-    (b"", "EOFError"),
 ])
 def test_a_meta_that_is_not_nanogpts_is_refused_in_one_sentence(data, monkeypatch, meta, message):
     prepare.write_corpus("text", TEXT)
@@ -237,27 +210,21 @@ def test_a_meta_that_is_not_nanogpts_is_refused_in_one_sentence(data, monkeypatc
     assert not (data / "owned").exists()
 
 
-@pytest.mark.parametrize(("damage", "message"), [
-    (lambda tokens: tokens + 1, f"a token id is {len(ITOS)}"),
-    (lambda tokens: tokens[:0], "empty file"),
-    (lambda tokens: np.frombuffer(tokens.tobytes()[:-1], "u1"), "multiple of the data-type"),
+@pytest.mark.parametrize(("tokens", "message"), [
+    (np.full(100, len(ITOS), "<u2"), f"a token id is {len(ITOS)}"),
+    (np.zeros(0, "<u2"), "empty file"),
+    (np.zeros(99, "u1"), "multiple of the data-type"),
 ])
-@pytest.mark.parametrize("file", ["train.bin", "val.bin"])
-def test_tokens_that_are_not_uint16_of_the_vocabulary_are_refused(data, file, damage, message):
+def test_tokens_that_are_not_uint16_of_the_vocabulary_are_refused(data, tokens, message):
     prepare.write_corpus("text", TEXT)
-    damage(np.fromfile(data / "text" / file, "<u2")).tofile(data / "text" / file)
+    tokens.tofile(data / "text" / "val.bin")
     with pytest.raises(ValueError, match=rf"text is damaged \(.*({message}).*prepare.py"):
         load_corpus("text", data)
 
 
-def test_what_may_be_int32_is_warned_of_and_a_text_that_looks_like_it_can_be_read(data):
-    prepare.write_corpus("text", TEXT)
-    for file in ("train.bin", "val.bin"):
-        np.fromfile(data / "text" / file, "<u2").astype("<i4").tofile(data / "text" / file)
-    with pytest.warns(UserWarning, match=r"every second token of .*/text is 0.*uint16"):
-        load_corpus("text", data)
+def test_what_may_be_int32_is_warned_of_and_can_be_read(data):
     prepare.write_corpus("lines", "a\n\n\nb\n" * 200)
-    with pytest.warns(UserWarning, match="every second token"):
+    with pytest.warns(UserWarning, match="every second token of .*/lines is 0.*uint16"):
         assert text_of("lines", data) == "a\n\n\nb\n" * 200
 
 
@@ -347,9 +314,6 @@ def test_a_corpus_batches_its_training_part_and_ngram_losses_are_those_of_counts
     bigram = -np.mean([np.log((pairs[a, b] + 1) / (firsts[a] + V)) for a, b in pairwise(val)])
     losses = ngram_losses(corpus)
     assert losses == pytest.approx({"unigram": unigram, "bigram": bigram}, rel=1e-12)
-
-
-# ---- make ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
