@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from contextlib import nullcontext
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import helpers
-from helpers import (SUMS, attention_energy, capture_attention, energy_table, get_batch,
+from helpers import (attention_energy, capture_attention, energy_table, get_batch,
                      head_energy, head_sums, load_corpus, split_softmax_gradient, train)
 from model_local import LocalGPTConfig
 
@@ -28,46 +27,58 @@ FIGURES = ["r_diag", "r_offdiag", "r_cross", "one_minus_r_diag", "cos_diag", "co
 seeds = st.integers(0, 2**32 - 1)
 
 
-def causal(T):
-    return torch.ones(T, T, dtype=torch.bool).tril()
+def causal(T, T_k=None):
+    return torch.ones(T, T_k or T, dtype=torch.bool).tril()
 
 
-def random_maps(B, H, T, seed=0, sharpness=2.0, common=0.0, visible=None):
+def random_maps(B, H, T, seed=0, sharpness=2.0, common=0.0, visible=None, scale=1):
     """Softmax weights and a gradient (B, H, T, T) in float64, which is not 0 on masked keys."""
     generator = torch.Generator().manual_seed(seed)
     scores, grad = torch.randn(2, B, H, T, T, generator=generator, dtype=torch.float64)
     visible = causal(T) if visible is None else visible
-    return (sharpness * scores).masked_fill(~visible, -math.inf).softmax(-1), grad + common
+    scores = (sharpness * scores).masked_fill(~visible, -math.inf)
+    return scores.softmax(-1), scale * (grad + common)
 
 
-def plain_energies(attn, grad, visible):
-    """The columns of ``head_energy``, head by head and row by row from explicit Jacobians."""
-    attn, grad, visible = attn.double().numpy(), grad.double().numpy(), visible.numpy()
-    B, H, T, _ = attn.shape
+def fractions(x):
+    return np.vectorize(Fraction, otypes=[object])(x.double().numpy())
+
+
+def exact_energies(weights, grad, visible):
+    """``head_energy`` head by head and row by row, from explicit Jacobians of exact fractions.
+
+    weights: any positive numbers, which are scaled to sum to 1.
+    """
+    B, H, T, _ = weights.shape
+    visible = visible.expand(B, H, T, T).numpy()
     rows = []
     for h in range(H):
-        sums, per_sequence = np.zeros(4), []
+        energies, per_sequence = np.zeros(4, dtype=object), []
         for b in range(B):
-            f, d, o, e = np.zeros((4, T, T))
-            entropies, largest = [], []
-            for q in range(T):
-                a, g = attn[b, h, q], grad[b, h, q]
+            products, entropies, largest = np.zeros(8, dtype=object), [], []
+            seeing = visible[b, h].any(-1)
+            for q in np.flatnonzero(seeing):
+                a, g = (fractions(x[b, h, q]) for x in (weights, grad))
+                a = a / a.sum()
                 J = np.diag(a) - np.outer(a, a)
-                f[q], d[q] = J @ g, np.diag(np.diag(J)) @ g
-                o[q] = (J - np.diag(np.diag(J))) @ g
-                e[q] = np.where(visible[q], g, 0)
-                n_visible = visible[q].sum()
+                D = np.diag(np.diag(J))
+                f, d, o, e = J @ g, D @ g, (J - D) @ g, np.where(visible[b, h, q], g, 0)
+                pairs = (f, f), (d, d), (o, o), (d, o), (d, f), (e, f), (g, f), (e, e)
+                products += [x @ y for x, y in pairs]
+                n_visible = visible[b, h, q].sum()
                 if n_visible > 1:
-                    entropy = -sum(p * math.log(p) for p in a if p > 0)
-                    entropies.append(entropy / math.log(n_visible))
-                    largest.append(a.max())
-            sums += np.sum(f * f), np.sum(d * d), np.sum(o * o), 2 * np.sum(d * o)
-            cosines = [np.sum(x * f) / math.sqrt(np.sum(x * x) * np.sum(f * f))
-                       for x in (d, e, grad[b, h])]
-            mean = attn[b, h].sum() / visible.sum()
+                    entropies.append(-sum(p * math.log(p) for p in map(float, a) if p > 0)
+                                     / math.log(n_visible))
+                    largest.append(float(a.max()))
+            ff, dd, oo, do, df, ef, gf, ee = products
+            gg = (fractions(grad[b, h]) ** 2).sum()
+            energies += ff, dd, oo, 2 * do
+            cosines = [float(x / y) * math.sqrt(y / ff) if ff and y else math.nan
+                       for x, y in ((df, dd), (ef, ee), (gf, gg))]
+            mean = seeing.sum() / visible[b, h].sum()
             per_sequence.append([*cosines, np.mean(entropies), np.mean(largest), mean])
-        _, r_diag, r_offdiag, r_cross = sums / sums[0]
-        ratios = [r_diag, r_offdiag, r_cross, r_offdiag + r_cross]
+        ff, dd, oo, do = energies
+        ratios = [float(x / ff) if ff else math.nan for x in (dd, oo, do, oo + do)]
         rows.append([*ratios, *np.mean(per_sequence, axis=0)])
     names = [*FIGURES, "cos_ste_unmasked", "entropy", "attn_max", "attn_mean"]
     return dict(zip(names, np.transpose(rows), strict=True))
@@ -78,75 +89,41 @@ def plain_energies(attn, grad, visible):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_each_part_is_its_own_matrix_times_g_to_its_own_rounding(dtype):
-    for seed in range(60):  # not hypothesis: its examples are too simple to be saturated
+    for seed in range(40):  # not hypothesis: its examples are too simple to be saturated
         generator = torch.Generator().manual_seed(seed)
         n, sharpness, spread = 2 + seed % 5, seed % 12, seed % 4
         a = (sharpness * torch.randn(n, generator=generator)).softmax(-1).to(dtype)
         sizes = torch.exp(spread * torch.randn(n, generator=generator))
         g = (torch.randn(n, generator=generator) * sizes).to(dtype)
-        parts = split_softmax_gradient(a, g)
-        weights, errors = ([Fraction(v) for v in row.tolist()] for row in (a, g))
-        lateral = sum(abs(p * e) for p, e in zip(weights, errors, strict=True))
-        u, tiny = Fraction(torch.finfo(dtype).eps), Fraction(torch.finfo(dtype).tiny)
-        for i in range(n):
-            J = [(weights[i] if i == j else 0) - weights[i] * weights[j] for j in range(n)]
-            diag = J[i] * errors[i]
-            offdiag = sum(J[j] * errors[j] for j in range(n) if j != i)
-            # a few roundings of the part's own terms: one made by subtraction has the other's
-            of_offdiag = n * weights[i] * lateral
-            of_full = of_offdiag + n * weights[i] * abs(errors[i])
-            for part, exact, terms in ((parts.diag, diag, 2 * abs(diag)),
-                                       (parts.offdiag, offdiag, of_offdiag),
-                                       (parts.full, diag + offdiag, of_full)):
-                assert abs(Fraction(part[i].item()) - exact) <= 2 * u * terms + tiny
-
-
-def test_the_parts_of_a_saturated_row_do_not_borrow_digits_from_each_other():
-    a, g = torch.tensor([1 - 1e-6, 1e-6]), torch.tensor([0.00123, 1234.5])
-    parts = split_softmax_gradient(a, g)
-    exact = -a.double().prod() * g.double().flip(0)
-    assert (parts.offdiag.double() / exact - 1).abs().max() < 1e-4  # with o = f - d it is 0.02
+        parts, weights, errors = split_softmax_gradient(a, g), fractions(a), fractions(g)
+        own, outer = np.diag(weights), np.outer(weights, weights)
+        D = np.diag(np.diag(own - outer))
+        # a few roundings of the part's own terms: one made by subtraction has the other's
+        for part, matrix, terms in ((parts.full, own - outer, own + outer), (parts.diag, D, D),
+                                    (parts.offdiag, own - outer - D, outer)):
+            off = abs(fractions(part) - matrix @ errors)
+            u, tiny = Fraction(torch.finfo(dtype).eps), Fraction(torch.finfo(dtype).tiny)
+            assert (off <= 2 * n * u * terms @ abs(errors) + tiny).all()
     with pytest.raises(ValueError, match="must agree"):
         split_softmax_gradient(torch.full((2, 2), 0.5), torch.ones(2))
 
 
 # --- the energies ---------------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize("common", [0.0, 3.0])
-def test_every_column_is_what_explicit_jacobians_give(common):
-    holes = torch.tensor([[1, 0, 1, 0], [1, 1, 1, 1], [0, 0, 1, 0], [0, 1, 0, 1]], dtype=torch.bool)
-    for visible in (causal(5), holes):
-        attn, grad = random_maps(3, 2, len(visible), common=common, visible=visible)
-        grad = grad * torch.tensor([1.0, 5.0, 0.2])[:, None, None, None]
-        table = head_energy(attn, grad, visible)
-        for name, expected in plain_energies(attn, grad, visible).items():
-            np.testing.assert_allclose(table[name], expected, rtol=1e-9, err_msg=name)
-        assert table["head"].tolist() == [0, 1] and table["defined"].all()
+HOLES = torch.tensor([[1, 0, 1, 0], [1, 1, 1, 1], [0, 0, 1, 0], [0, 1, 0, 1]], dtype=torch.bool)
+PADDED = causal(4) & torch.tensor([[[[0, 1, 1, 1]]], [[[1, 1, 1, 1]]], [[[0, 0, 1, 1]]]]).bool()
 
 
-@given(seeds, st.floats(-120, 120))
-def test_a_sequence_scaled_keeps_its_cosine_and_weighs_in_the_ratios_by_its_square(seed, exponent):
-    attn, grad = random_maps(B=3, H=2, T=4, seed=seed)
-    factors = torch.tensor([1.0, 2.0, 0.25], dtype=torch.float64)
-    before = head_energy(attn, grad, n_boot=1)
-    after = head_energy(attn, grad * factors[:, None, None, None] * 10.0**exponent, n_boot=1)
-    cosines = ["cos_diag", "cos_ste", "cos_ste_unmasked"]
-    np.testing.assert_allclose(after[cosines], before[cosines], rtol=1e-9)
-    f, d, o = split_softmax_gradient(attn, grad)
-    dd, oo, do, ff = (torch.einsum("bhqk,bhqk,b->h", x, y, factors**2)
-                      for x, y in ((d, d), (o, o), (d, o), (f, f)))
-    np.testing.assert_allclose(after["r_diag"], dd / ff, rtol=1e-9)
-    np.testing.assert_allclose(after["r_offdiag"], oo / ff, rtol=1e-9)
-    np.testing.assert_allclose(after["r_cross"], 2 * do / ff, rtol=1e-9, atol=1e-9)
-
-
-def test_a_sequence_without_any_gradient_has_no_cosine_to_average():
-    attn, grad = random_maps(B=3, H=2, T=4)
-    grad[1] = 0
-    rest = [0, 2]
-    found, expected = head_energy(attn, grad), head_energy(attn[rest], grad[rest])
-    np.testing.assert_allclose(found[FIGURES], expected[FIGURES])
+@pytest.mark.parametrize("scale", [1, 1e-120, 1e120])
+@pytest.mark.parametrize("visible", [causal(4), HOLES, PADDED], ids=["causal", "holes", "padded"])
+def test_every_column_is_what_explicit_jacobians_give_whatever_the_scale(visible, scale):
+    """Padding on the left: its queries see no key, and nobody sees its keys."""
+    attn, grad = random_maps(3, 2, 4, common=1, visible=visible)
+    attn, grad = attn.nan_to_num(0), grad * torch.tensor([1.0, 5.0, 0.2])[:, None, None, None]
+    table = head_energy(attn, scale * grad, visible)
+    for name, expected in exact_energies(attn, grad, visible).items():
+        np.testing.assert_allclose(table[name], expected, rtol=1e-9, err_msg=name)
+    assert table["head"].tolist() == [0, 1] and table["defined"].all()
 
 
 def test_the_interval_is_that_of_all_resamples_of_the_sequences():
@@ -179,75 +156,32 @@ def test_layers_and_heads_of_the_table_are_those_of_the_capture():
         energy_table([])
 
 
-def test_a_mask_of_each_sequence_is_as_the_sequences_without_what_is_masked():
-    """Left padding: its queries see no key, and nobody sees its keys."""
-    attn, grad = random_maps(B=2, H=2, T=6)
-    whole, grads = random_maps(B=2, H=2, T=8, seed=3)
-    whole[0], grads[0, :, 2:, 2:] = F.pad(attn[0], (2, 0, 2, 0)), grad[0]
-    visible = causal(8).repeat(2, 1, 1, 1)
-    visible[0, :, :2] = visible[0, ..., :2] = False
-    both = head_sums(whole, grads, visible)
-    alone = [head_sums(attn[:1], grad[:1], causal(6)), head_sums(whole[1:], grads[1:], causal(8))]
-    kept = [i for i, name in enumerate(SUMS) if name not in ("gg", "noise")]  # g is on all keys
-    torch.testing.assert_close(both[..., kept], torch.cat(alone)[..., kept])
-
-
-def test_the_fast_logarithm_is_right_to_thirteen_digits():
-    x = np.concatenate([np.logspace(-300, 300, 2001), np.linspace(0.5, 2, 2001)[1:-1]])
-    fast, exact = np.array([helpers._log(value) for value in x]), np.log(x)
-    assert np.abs(fast - exact).max() <= 1e-13 * np.abs(exact).max()
-    assert np.abs(fast[2001:] - exact[2001:]).max() < 1e-13
-
-
 # --- what rounding decides ------------------------------------------------------------------------
 
 
-def exact_energies(weights, errors):
-    """Figures of one head from exact fractions: ``weights`` (any positive numbers), (B, T, T)."""
-    sums, cosines = [Fraction(0)] * 3, []
-    for sequence in zip(weights, errors, strict=True):
-        ff = dd = oo = df = ef = ee = Fraction(0)
-        for q, (w, g) in enumerate(zip(*(rows.tolist() for rows in sequence), strict=True)):
-            w, g = [Fraction(v) for v in w[: q + 1]], [Fraction(v) for v in g[: q + 1]]
-            a = [v / sum(w) for v in w]
-            for i in range(q + 1):
-                d = a[i] * (1 - a[i]) * g[i]
-                o = -a[i] * sum(a[j] * g[j] for j in range(q + 1) if j != i)
-                f = d + o
-                ff, dd, oo, df = ff + f * f, dd + d * d, oo + o * o, df + d * f
-                ef, ee = ef + g[i] * f, ee + g[i] ** 2
-        sums = [sums[0] + ff, sums[1] + dd, sums[2] + oo]
-        cosines.append([float(x / y) * math.sqrt(y / ff) if ff and y else math.nan
-                        for x, y in ((df, dd), (ef, ee))])
-    if not sums[0]:
-        return dict.fromkeys(FIGURES, math.nan)
-    r_diag, r_offdiag = float(sums[1] / sums[0]), float(sums[2] / sums[0])
-    ratios = [r_diag, r_offdiag, 1 - r_diag - r_offdiag, 1 - r_diag]
-    return dict(zip(FIGURES, [*ratios, *np.mean(cosines, axis=0)], strict=True))
-
-
-def exact_case(seed, B, T, sharpness, common, scale):
-    """Weights not yet normalised (so that their fractions are exact), and errors, in float64."""
+def rounding_case(seed, B, T, sharpness, common, scale):
+    """Weights not yet scaled to sum to 1, so that their fractions are exact, weights and errors."""
     generator = torch.Generator().manual_seed(seed)
-    scores, errors = torch.randn(2, B, T, T, generator=generator, dtype=torch.float64)
-    return (sharpness * scores).exp() * causal(T), scale * (errors + common)
+    scores, errors = torch.randn(2, B, 1, T, T, generator=generator, dtype=torch.float64)
+    weights = (sharpness * scores).exp() * causal(T)
+    return weights, weights / weights.sum(-1, keepdim=True), scale * (errors + common)
 
 
 def assert_right(row, exact):
     """The tolerance that the docstring states."""
+    exact = {name: exact[name][0] for name in FIGURES}
     largest = max(1, *(abs(exact[name]) for name in FIGURES if not name.startswith("cos")))
     for name in FIGURES:
-        if name.startswith("cos"):
-            assert math.isnan(row[name]) or abs(row[name] - exact[name]) <= 0.01, name
-        else:
-            assert abs(row[name] - exact[name]) <= 0.02 * largest, name
+        tolerance = 0.01 if name.startswith("cos") else 0.02 * largest
+        undefined = name.startswith("cos") and math.isnan(row[name])
+        assert undefined or abs(row[name] - exact[name]) <= tolerance, name
 
 
 formats = st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64])
 decades = st.floats(-9, 7)
 
 
-@settings(max_examples=200)
+@settings(max_examples=60)
 @given(seeds, formats, formats, st.integers(1, 2), st.integers(2, 4), st.floats(0, 12), decades,
        decades)
 def test_a_head_is_right_to_the_stated_tolerance_or_undefined(
@@ -255,22 +189,21 @@ def test_a_head_is_right_to_the_stated_tolerance_or_undefined(
 ):
     common = 10.0**common
     scale = min(10.0**scale, 1e4 / max(common, 1))  # float16 holds less than 6e4
-    weights, errors = exact_case(seed, B, T, sharpness, common, scale)
-    attn = (weights / weights.sum(-1, keepdim=True))[:, None].to(of_attn)
-    row = head_energy(attn, errors[:, None].to(of_grad), n_boot=1).iloc[0]
+    weights, attn, errors = rounding_case(seed, B, T, sharpness, common, scale)
+    row = head_energy(attn.to(of_attn), errors.to(of_grad), n_boot=1).iloc[0]
     if row["defined"]:
-        assert_right(row, exact_energies(weights, errors))
+        assert_right(row, exact_energies(weights, errors, causal(T)))
     else:
         assert row[FIGURES].isna().all()
 
 
+@settings(max_examples=20)
 @given(seeds, st.floats(0, 8), st.floats(0, 10))
 def test_float32_defines_what_is_not_hopeless(seed, sharpness, common):
-    weights, errors = exact_case(seed, 2, 4, sharpness, common, 1e-5)
-    attn = (weights / weights.sum(-1, keepdim=True)).float()
-    row = head_energy(attn[:, None], errors[:, None].float(), n_boot=1).iloc[0]
+    weights, attn, errors = rounding_case(seed, 2, 4, sharpness, common, 1e-5)
+    row = head_energy(attn.float(), errors.float(), n_boot=1).iloc[0]
     assert row["defined"] and not row[FIGURES].isna().any()
-    assert_right(row, exact_energies(weights, errors))
+    assert_right(row, exact_energies(weights, errors, causal(4)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -298,18 +231,6 @@ def test_the_precision_is_the_coarser_of_the_types_and_of_what_row_sums_tell():
         assert not head_energy(*rounded, n_boot=1)["defined"].any()
 
 
-def test_near_zero_it_is_a_types_smallest_step():
-    attn, grad = random_maps(B=2, H=1, T=8, sharpness=1)
-    assert head_energy(attn.half(), grad.half(), n_boot=1)["defined"].all()
-    assert not head_energy(attn.half(), (3e-7 * grad).half(), n_boot=1)["defined"].any()
-    saturated = torch.tensor([[1.0, 0.0, 0.0], [1 - 3e-7, 3e-7, 0.0], [1 - 5e-7, 2e-7, 3e-7]])
-    errors = torch.tensor([[0.0, 0.0, 0.0], [0.1, 0.7, 0.0], [0.2, -0.3, 0.9]])[None, None]
-    assert head_energy(saturated[None, None], errors, n_boot=1)["defined"].all()
-    assert not head_energy(saturated[None, None].half(), errors, n_boot=1)["defined"].any()
-    beyond = torch.tensor([[1.0, 0.0], [1.0, 1e-20]], dtype=torch.float64)[None, None]
-    assert not head_energy(beyond, errors[..., 1:, :2].double(), n_boot=1)["defined"].any()
-
-
 def test_one_sequence_that_rounding_decides_leaves_the_cosine_undefined_not_selected():
     attn, grad = random_maps(B=3, H=1, T=4)
     grad[1] = 1e-3  # constant: f = 0, of which rounding leaves something
@@ -322,47 +243,26 @@ def test_one_sequence_that_rounding_decides_leaves_the_cosine_undefined_not_sele
 
 ATTN, GRAD = random_maps(B=2, H=2, T=3)
 BEHIND = torch.zeros(3, 3).index_put((torch.tensor(0), torch.tensor(1)), torch.tensor(0.5))
-NEGATIVE = torch.tensor([[1.0, 0, 0], [1.5, -0.5, 0], [0.2, 0.3, 0.5]]).expand(2, 2, 3, 3)
 NO_SUM, NO_MASK = "not weights that sum to 1", "not zero on masked keys"
 
 
 @pytest.mark.parametrize(
     ("attn", "grad", "changes", "reason"),
     [
-        (NEGATIVE, GRAD, {}, NO_SUM),
-        (ATTN * 0.99, GRAD, {}, NO_SUM),
         (ATTN * math.nan, GRAD, {}, NO_SUM),
-        (ATTN, GRAD * math.nan, {}, "not finite"),
         (ATTN, torch.where(GRAD[0, 1, 2, 0] == GRAD, math.inf, GRAD), {}, "not finite"),
         (ATTN.tril(-1) + ATTN.triu(), GRAD, {"visible": torch.eye(3).bool()}, NO_MASK),
         (ATTN + BEHIND, GRAD, {}, NO_MASK),
-        (ATTN + BEHIND - BEHIND.roll(1, -1), GRAD, {}, NO_MASK),
         (ATTN, GRAD, {"visible": torch.ones(3, 3)}, r"boolean .* got visible torch.float32 \(3, 3"),
-        (ATTN, GRAD, {"visible": torch.ones(3, 2, 3, 3).bool()}, "boolean"),
-        (ATTN, GRAD, {"visible": torch.ones(1, 2, 2, 3, 3).bool()}, "boolean"),
-        (ATTN, GRAD, {"visible": [[True]]}, "boolean .* got visible list"),
-        (ATTN[0], GRAD[0], {}, "one shape"),
         (ATTN, GRAD[:1], {}, r"one shape .* grad torch.float64 \(1, 2, 3, 3\)"),
         (ATTN[..., :2], GRAD[..., :2], {}, "map of visible keys"),
-        (ATTN[:0], GRAD[:0], {}, "no axis of length 0"),
-        (ATTN, GRAD.long(), {}, "floating-point .* grad torch.int64"),
         (ATTN.numpy(), GRAD, {}, "torch tensors .* got attn ndarray"),
         (ATTN, GRAD, {"n_boot": 0}, "n_boot=0"),
-        (ATTN, GRAD, {"n_boot": 1.5}, "n_boot=1.5"),
     ],
 )
 def test_what_is_no_softmax_attention_is_refused(attn, grad, changes, reason):
     with pytest.raises(ValueError, match=reason):
         head_energy(attn, grad, **changes)
-
-
-def test_large_gradients_and_tensors_that_require_one_are_no_reason_to_refuse():
-    expected = head_energy(ATTN, GRAD)
-    huge = (GRAD * (3e38 / GRAD.abs().max())).float()
-    found = head_energy(ATTN.float(), huge)
-    np.testing.assert_allclose(found[FIGURES], expected[FIGURES], rtol=1e-4)
-    ours = head_energy(ATTN.clone().requires_grad_(), GRAD.clone().requires_grad_())
-    assert ours.equals(expected)
 
 
 def test_a_single_token_and_a_head_without_gradient_give_an_undefined_row():
@@ -387,10 +287,6 @@ def hidden(visible):
     return torch.zeros(visible.shape, dtype=torch.float64).masked_fill(~visible, -math.inf)
 
 
-def tri(T_q, T_k):
-    return torch.ones(T_q, T_k, dtype=torch.bool).tril()
-
-
 class Call(NamedTuple):
     """Options of ``F.scaled_dot_product_attention``, and the same by hand."""
 
@@ -409,26 +305,20 @@ class Call(NamedTuple):
         return *(x.requires_grad_() for x in tensors[:3]), tensors[3]
 
 
-SOME = randn(T, T, seed=4) > 0  # each row sees some key
 BY_HEAD = (randn(H, T, T, seed=5) > 0) | torch.eye(T, dtype=torch.bool)
 PADDING = torch.arange(T) > torch.tensor([1, -1])[:, None, None, None]  # the first's left two keys
-BIAS = randn(1, H, T, T, seed=6) + hidden(tri(T, T))
+BIAS = randn(1, H, T, T, seed=6) + hidden(causal(T))
 LEAST = torch.zeros(B, 1, 1, T).double().masked_fill(~PADDING, torch.finfo(torch.float64).min)
 CALLS = {
-    "all keys": Call({}),
     "own scale": Call({"scale": 0.9}, scale=0.9),
-    "causal": Call({"is_causal": True}, hidden(tri(T, T))),
-    "causal, more keys": Call({"is_causal": True}, hidden(tri(T, 11))),
-    "causal, more queries": Call({"is_causal": True}, hidden(tri(11, T))),
-    "causal groups": Call({"enable_gqa": True, "is_causal": True}, hidden(tri(T, 11)), n_kv=2),
-    "keys for all heads": Call({}, n_kv=1),
-    "wider values": Call({"is_causal": True}, hidden(tri(T, T)), D_v=2 * D),
-    "mask": Call({"attn_mask": SOME}, hidden(SOME)),
-    "mask and causal": Call({"attn_mask": PADDING, "is_causal": True}, hidden(tri(T, T) & PADDING)),
+    "causal": Call({"is_causal": True}, hidden(causal(T))),
+    "causal, more queries": Call({"is_causal": True}, hidden(causal(11, T))),
+    "causal groups": Call({"enable_gqa": True, "is_causal": True}, hidden(causal(T, 11)), n_kv=2),
+    "wider values": Call({"is_causal": True}, hidden(causal(T)), D_v=2 * D),
+    "mask and causal": Call({"attn_mask": PADDING, "is_causal": True}, hidden(causal(T) & PADDING)),
     "mask by head": Call({"attn_mask": BY_HEAD}, hidden(BY_HEAD)),
-    "padded queries": Call({"attn_mask": tri(T, T) & PADDING}, hidden(tri(T, T) & PADDING)),
-    "bias by head": Call({"attn_mask": BIAS}, BIAS),
-    "bias and scale": Call({"attn_mask": BIAS[0, 0], "scale": 0.2}, BIAS[0, 0], 0.2),
+    "padded queries": Call({"attn_mask": causal(T) & PADDING}, hidden(causal(T) & PADDING)),
+    "bias by head": Call({"attn_mask": BIAS, "scale": 0.2}, BIAS, 0.2),
     "least number": Call({"attn_mask": LEAST}, hidden(PADDING).expand(B, 1, T, T)),
 }
 
@@ -443,12 +333,13 @@ def sums_by_hand(call, query, key, value, grad_out):
     return out.detach(), head_sums(attn, attn.grad, call.added > -math.inf)
 
 
-def captured(call, query, key, value, grad_out, maps=False):
+def captured(call, query, key, value, grad_out, maps=False, autocast=False):
     """The layer that a capture sees, and the output."""
     model = nn.Module()
     model.forward = lambda: F.scaled_dot_product_attention(query, key, value, **call.options)
     with capture_attention(model, maps) as layers:
-        out = model()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = model()
         (out * grad_out).sum().backward()
     return layers[0], out.detach()
 
@@ -458,9 +349,9 @@ def assert_same(got, expected, **tolerance):
     torch.testing.assert_close(got[..., :-1], expected[..., :-1], **tolerance)
 
 
-@pytest.fixture(params=[1, 3, 100], ids="{} queries a tile".format)
+@pytest.fixture(params=[2, 100], ids="{} queries a tile".format)
 def tiled(request, monkeypatch):
-    """Three does not divide the number of queries, 100 is more than there are."""
+    """Two does not divide the number of queries, 100 is more than there are."""
     monkeypatch.setattr(helpers, "TILE", request.param * B * H * T)
 
 
@@ -472,39 +363,28 @@ def test_the_sums_are_those_of_maps_by_hand_whatever_the_tiles(name, tiled):
         layer, own = captured(call, *call.tensors(), maps=maps)
         torch.testing.assert_close(own, out)
         assert_same(layer.sums, expected)
-    if call.n_kv == H or call.options.get("enable_gqa"):
-        table = attention_energy(*call.tensors(), **call.options, n_boot=20, seed=3)
-        of_maps = head_energy(layer.attn, layer.grad, layer.visible, n_boot=20, seed=3)
-        pd.testing.assert_frame_equal(table, of_maps)
+    table = attention_energy(*call.tensors(), **call.options, n_boot=20, seed=3)
+    of_maps = head_energy(layer.attn, layer.grad, layer.visible, n_boot=20, seed=3)
+    pd.testing.assert_frame_equal(table, of_maps)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("autocast", [True, False])
-def test_half_precision_and_autocast_round_what_goes_in_alone(dtype, autocast, tiled):
+@pytest.mark.parametrize("maps", [True, False])
+def test_half_precision_and_autocast_round_what_goes_in_and_comes_out_alone(dtype, autocast, maps):
     call = CALLS["padded queries"]
     tensors = call.tensors(dtype)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):  # also around the backward pass
-        layer, out = captured(call, *tensors)
+    layer, out = captured(call, *tensors, maps=maps, autocast=autocast)
+    assert out.dtype == (torch.bfloat16 if autocast and dtype != torch.float64 else dtype)
     wide = torch.promote_types(dtype, torch.float)
     rounded = [x.detach().to(out.dtype).to(wide) for x in tensors]
-    _, expected = sums_by_hand(call._replace(added=call.added.to(wide)), *rounded)
-    assert out.dtype == (torch.bfloat16 if autocast and dtype != torch.float64 else dtype)
+    by_hand, expected = sums_by_hand(call._replace(added=call.added.to(wide)), *rounded)
+    if maps:
+        torch.testing.assert_close(out, by_hand.to(out.dtype))
     assert_same(layer.sums, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_autocast_does_not_round_what_one_holds():
-    tensors = CALLS["causal"].tensors(torch.float32)
-    expected = attention_energy(*tensors, n_boot=1)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert attention_energy(*tensors, n_boot=1).equals(expected)
-
-
-def test_an_attention_without_a_batch(tiled):
-    tensors = [x.detach()[0] for x in CALLS["mask by head"].tensors()]
-    tensors[0].requires_grad_()
-    layer, _ = captured(CALLS["mask by head"], *tensors)
-    batched = [x.detach()[None] for x in tensors]
-    assert_same(layer.sums, sums_by_hand(CALLS["mask by head"], *batched)[1])
+    alone = attention_energy(*tensors, **call.options, n_boot=1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):  # does not round what one holds
+        assert alone.equals(attention_energy(*tensors, **call.options, n_boot=1))
 
 
 class Largest(TorchDispatchMode):
@@ -520,30 +400,14 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_no_map_is_made_as_a_whole_and_the_pass_is_not_changed(monkeypatch):
+def test_no_map_is_made_as_a_whole(monkeypatch):
     long = 32 * D
     monkeypatch.setattr(helpers, "TILE", B * H * long * D)
     call = Call({"is_causal": True}, torch.zeros(long, long))
-    found = []
-    for capture in (nullcontext, capture_attention):
-        *inputs, grad_out = call.tensors()
-        model = nn.Module()
-        model.forward = lambda *inputs: F.scaled_dot_product_attention(*inputs, **call.options)
-        with capture(model), Largest() as largest:
-            out = model(*inputs)
-            (out * grad_out).sum().backward()
-        found.append([out.detach(), *(x.grad for x in inputs)])
-        assert largest.entries < B * H * long**2
-    assert all(map(torch.equal, *found))
-
-
-def test_at_a_length_of_2048_float32_is_right_to_a_millionth():
-    call = CALLS["causal"]._replace(added=torch.zeros(2048, 2048))
-    tensors = [x.detach()[:1] for x in call.tensors(torch.float32)]
-    tensors[0].requires_grad_()
-    assert 2048**2 * H > 4 * helpers.TILE
-    fused, maps = (captured(call, *tensors, maps=maps)[0].sums for maps in (False, True))
-    assert_same(fused, maps, rtol=1e-6, atol=0)
+    tensors = call.tensors()
+    with Largest() as largest:
+        captured(call, *tensors)
+    assert largest.entries < B * H * long**2
 
 
 X, HALF = torch.zeros(B, H, T, D), torch.zeros(B, H // 2, T, D)
@@ -553,34 +417,20 @@ X, HALF = torch.zeros(B, H, T, D), torch.zeros(B, H // 2, T, D)
     ("changes", "reason"),
     [
         ({"query": [[1.0]]}, "floating-point torch tensors .* got query list, key torch.float32"),
-        ({"key": X.long()}, "floating-point torch tensors .* key torch.int64"),
-        ({"value": X[0]}, "four axes"),
         ({"query": X[:, :, :0]}, "none of length 0"),
         ({"grad_out": X.double()}, "of one type, .* grad_out torch.float64"),
         ({"key": X[..., 1:]}, r"'key': \(2, 4, 7, 8\).* key torch.float32 \(2, 4, 7, 7\)"),
-        ({"key": X[:1], "value": X[:1]}, "shapes that fit each other"),
         ({"value": X[:1]}, "shapes that fit each other"),
-        ({"grad_out": X[..., 1:]}, "shapes that fit each other"),
         ({"key": HALF, "value": HALF}, "for 4 heads, or with enable_gqa for a divisor"),
-        ({"key": X[:, 1:], "value": X[:, 1:], "enable_gqa": True}, "for 4 heads, or with"),
         ({"attn_mask": X[0, 0, :, :T].long()}, "a mask, .* got attn_mask torch.int64"),
         ({"attn_mask": X[0, 0]}, r"broadcasts to \(2, 4, 7, 7\), .* torch.float32 \(7, 8\)"),
-        ({"attn_mask": [True]}, "attn_mask list"),
         ({"query": X * math.nan}, NO_SUM),
         ({"grad_out": X + math.inf}, "not finite"),
-        ({"n_boot": 0}, "n_boot=0"),
     ],
 )
 def test_what_is_no_attention_is_refused(changes, reason):
     with pytest.raises(ValueError, match=reason):
         attention_energy(**dict.fromkeys(("query", "key", "value", "grad_out"), X) | changes)
-
-
-def test_a_query_that_is_no_number_is_found_in_any_tile(tiled):
-    for which in (0, T - 1):
-        query = X.index_fill(2, torch.tensor(which), math.nan)
-        with pytest.raises(ValueError, match=NO_SUM):
-            attention_energy(query, X, X, X)
 
 
 # --- frozen numbers -----------------------------------------------------------------------------
@@ -591,9 +441,6 @@ FROZEN = Path(__file__).parent / "frozen" / "energies.csv"
 
 def seeded_tables():
     """``head_energy`` of seeded maps of several shapes, masks and types, one case a name."""
-    def scaled(maps, factor):
-        return maps[0], maps[1] * factor
-
     quiet = torch.tensor([1.0, 0.0, 3.0])[:, None, None, None]  # no gradient in the second sequence
     holes = causal(9) & (torch.arange(81).view(9, 9) % 4 > 0) | torch.eye(9, dtype=torch.bool)
     wide = torch.ones(4, 11, dtype=torch.bool).tril(7)
@@ -604,8 +451,8 @@ def seeded_tables():
         "sharp": random_maps(4, 2, 33, seed=1, sharpness=6),
         "common mode": random_maps(5, 2, 12, seed=2, common=4),
         "one sequence": random_maps(1, 2, 8, seed=3),
-        "no gradient": scaled(random_maps(3, 2, 8, seed=4), quiet),
-        "small": scaled(random_maps(4, 2, 10, seed=5), 1e-9),
+        "no gradient": random_maps(3, 2, 8, seed=4, scale=quiet),
+        "small": random_maps(4, 2, 10, seed=5, scale=1e-9),
         "holes": [*random_maps(4, 2, 9, seed=6, visible=holes), holes],
         "padded": [*(m.nan_to_num(0) for m in random_maps(3, 2, 6, 7, visible=padded)), padded],
         "wide": [m[:, :, -4:] for m in random_maps(4, 2, 11, seed=8)] + [wide],
@@ -619,17 +466,13 @@ def seeded_tables():
     return pd.concat(tables, names=["case"]).reset_index(0).reset_index(drop=True)
 
 
-def nothing(model, x, y):
-    return {}
-
-
 def trained_tables():
     """``energy_table`` of the two models of notebook 04 after 50 iterations."""
     corpus, tables = load_corpus("shakespeare_char"), {}
     x, y = get_batch(corpus.val, 64, 16, torch.Generator().manual_seed(1337))
     for method in ("fa", "bp"):
         config = LocalGPTConfig(vocab_size=corpus.vocab_size, method=method)
-        run = train(config, 50, batch_size=8, seed=1337, data=corpus, measure=nothing,
+        run = train(config, 50, batch_size=8, seed=1337, data=corpus, measure=lambda *args: {},
                     directory=None, progress=False)
         with capture_attention(run.model) as layers:
             run.model(x, y)[1].backward()
@@ -637,21 +480,16 @@ def trained_tables():
     return pd.concat(tables, names=["case"]).reset_index(0).reset_index(drop=True)
 
 
-def frozen(cases):
-    table = pd.read_csv(FROZEN)
-    return table[table["case"].isin(cases)].reset_index(drop=True)
-
-
 def test_the_energies_of_seeded_maps_are_the_frozen_ones():
     found = seeded_tables()
-    expected = frozen(found["case"].unique()).drop(columns="layer")
+    expected = pd.read_csv(FROZEN).query("case not in ['fa', 'bp']").drop(columns="layer")
     # another machine may add up in another order, in float64
     pd.testing.assert_frame_equal(found, expected, rtol=1e-7, atol=1e-10)
 
 
 def test_the_energies_of_trained_models_are_the_frozen_ones():
     found = trained_tables()
-    expected = frozen(["fa", "bp"])[found.columns]
+    expected = pd.read_csv(FROZEN).query("case in ['fa', 'bp']")[found.columns].reset_index(drop=True)
     # Another machine rounds float32 by 1e-7 elsewhere, which training amplifies: a rate larger by a
     # millionth moves these figures by 4e-5 of 1.
     pd.testing.assert_frame_equal(found, expected, check_dtype=False, rtol=1e-3, atol=1e-3)
