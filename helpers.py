@@ -1,14 +1,11 @@
 """Shared tools of the notebooks, in reading order: data, training, capture, harm, figures.
 
-Numbers come from pure functions, figures from ``plot_*`` functions that only draw. The model and
-its learning rules are in ``model_local``; what the experiment trains and judges by is in
-``data/experiment.py``.
+The model and its rules are in ``model_local``, what the experiment judges by in ``data``.
 """
 
 from __future__ import annotations
 
 import ast
-import dataclasses
 import functools
 import hashlib
 import inspect
@@ -20,12 +17,10 @@ import pickle
 import re
 import textwrap
 import time
-import uuid
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from decimal import Decimal
 from numbers import Integral, Real
 from pathlib import Path
@@ -41,23 +36,22 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize, SymLogNorm
 from matplotlib_inline.config import InlineBackend
-from scipy.stats import binomtest
-from scipy.stats import t as student_t
+from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 import model_local
-from model_local import (SOFTMAX_BACKWARD, LocalGPT, LocalGPTConfig, Rule, attention_weights,
-                         diagonal, full)
+from model_local import (SOFTMAX_BACKWARD, LocalGPT, LocalGPTConfig, attention_weights, diagonal,
+                         full)
 
 ROOT = Path(__file__).resolve().parent
 DATA = ROOT / "data"
 
-# -------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 1. Data: a corpus is a folder in nanoGPT's layout, made by data/prepare.py
-# -------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 SHAKESPEARE_SHA256 = "56c25d4855680bb29279a84bcf28065b8053a158bede65b7f57d0c581ba81944"
 
@@ -84,10 +78,8 @@ class Corpus:
 
     def encode(self, text: str) -> Tensor:
         """Token ids (T,) of ``text``; ValueError names a character that it has no token for."""
-        for character in text:
-            if character not in self.stoi:
-                raise ValueError(f"{character!r} does not occur in the corpus {self.name!r}: leave "
-                                 "it out")
+        if unknown := [character for character in text if character not in self.stoi]:
+            raise ValueError(f"{unknown[0]!r} does not occur in {self.name!r}: leave it out")
         return torch.tensor([self.stoi[character] for character in text], dtype=torch.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -103,41 +95,31 @@ class Corpus:
         return {"val_loss": evaluate(model, self.val)}
 
     def __repr__(self) -> str:
-        name = "Tiny Shakespeare" if self.is_shakespeare else self.name
-        return (f"Corpus: {name}, {len(self.train):,} training and {len(self.val):,} validation "
-                f"tokens, {self.vocab_size} distinct.")
+        return (f"Corpus: {'Tiny Shakespeare' if self.is_shakespeare else self.name}, "
+                f"{len(self.train):,} training and {len(self.val):,} validation tokens, "
+                f"{self.vocab_size} distinct.")
 
     def _repr_markdown_(self) -> str:
-        if self.is_shakespeare:
-            return repr(self)
-        return (f"{self}\n\n> **Not Tiny Shakespeare**: what the text says of trained models was "
-                "seen on that, not here.")
+        notice = ("\n\n> **Not Tiny Shakespeare**: what the text says of trained models was seen "
+                  "on that, not here.")
+        return repr(self) if self.is_shakespeare else repr(self) + notice
 
 
 def load_corpus(name: str | None = None, root: Path = DATA) -> Corpus:
     """Open the corpus ``root/name``; by default the environment's CORPUS, else Tiny Shakespeare.
 
-    Raises FileNotFoundError where it is missing and ValueError where it is damaged, saying what to
-    do; warns where its files look like those of 4-byte ids.
-
-    >>> load_corpus("my_text")  # doctest: +ELLIPSIS
-    Traceback (most recent call last):
-        ...
-    FileNotFoundError: data/my_text is missing: 'python data/prepare.py' makes Tiny Shakespeare, ...
+    FileNotFoundError where it is missing and ValueError where it is damaged say what to do.
     """
-    if name is None:
-        name = os.environ.get("CORPUS") or "shakespeare_char"
+    name = os.environ.get("CORPUS") or "shakespeare_char" if name is None else name
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-        raise ValueError(f"{name!r} names no corpus: give the name of a folder in {root.name}/ "
-                         "(letters, digits, _, -)")
-    make = ("'python data/prepare.py' makes Tiny Shakespeare, with "
-            f"'--text FILE --name {name}' a text of your own")
-    folder = root / name
+        raise ValueError(f"{name!r} names no corpus: only letters, digits, _ and - can be in it")
+    folder, make = root / name, ("'python data/prepare.py' makes Tiny Shakespeare, with "
+                                 f"'--text FILE --name {name}' a text of your own")
     for path in (folder, folder / "train.bin", folder / "val.bin", folder / "meta.pkl"):
         if not path.exists():
             raise FileNotFoundError(f"{path.relative_to(root.parent)} is missing: {make}")
     try:
-        itos = _vocabulary((folder / "meta.pkl").read_bytes())
+        itos = _vocabulary(folder / "meta.pkl")
         train, val = (np.memmap(folder / f"{part}.bin", "<u2", "r") for part in ("train", "val"))
         # An id without a character would otherwise fail far from here.
         if (highest := max(train.max(), val.max())) >= len(itos):
@@ -149,11 +131,9 @@ def load_corpus(name: str | None = None, root: Path = DATA) -> Corpus:
     if not (train[1::2].any() or val[1::2].any()):
         warnings.warn(f"every second token of {root.name}/{name} is 0, as in files of 4-byte ids "
                       "(int32): if they are that, write them as 2-byte ids (uint16)", stacklevel=2)
-    digest = hashlib.sha256(json.dumps(list(itos.values())).encode())
-    digest.update(train.tobytes())
-    digest.update(val.tobytes())
     stoi = {character: i for i, character in itos.items()}
-    return Corpus(name, train, val, stoi, itos, digest.hexdigest())
+    content = json.dumps(list(itos.values())).encode() + train.tobytes() + val.tobytes()
+    return Corpus(name, train, val, stoi, itos, hashlib.sha256(content).hexdigest())
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -163,9 +143,9 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only plain data is read")
 
 
-def _vocabulary(pickled: bytes) -> dict[int, str]:
+def _vocabulary(path: Path) -> dict[int, str]:
     """A meta.pkl's ``itos``, by id; some exception where it is not as nanoGPT writes it."""
-    meta = _PlainUnpickler(io.BytesIO(pickled)).load()
+    meta = _PlainUnpickler(io.BytesIO(path.read_bytes())).load()
     itos = {i: meta["itos"][i] for i in range(len(meta["itos"]))}
     stoi = {c: i for i, c in itos.items()}
     if (meta["vocab_size"], meta["itos"], meta["stoi"]) != (len(stoi), itos, stoi):
@@ -179,13 +159,7 @@ def get_batch(tokens: np.ndarray, block_size: int, batch_size: int, generator: t
               device: str = "cpu") -> tuple[Tensor, Tensor]:
     """A random batch: inputs and next-token targets, both (batch_size, block_size), int64.
 
-    ``generator`` alone decides which windows are drawn: the same seed gives the same batches,
-    whatever else draws random numbers. Raises ValueError where the text is shorter than a window.
-
-    >>> generator = torch.Generator().manual_seed(0)
-    >>> x, y = get_batch(np.arange(100), block_size=4, batch_size=2, generator=generator)
-    >>> x.shape, bool((y == x + 1).all())
-    (torch.Size([2, 4]), True)
+    ``generator`` alone decides which windows are drawn. ValueError on a text shorter than one.
     """
     if len(tokens) <= block_size:
         raise ValueError(f"a window of block_size={block_size} needs {block_size + 1} tokens and "
@@ -194,31 +168,22 @@ def get_batch(tokens: np.ndarray, block_size: int, batch_size: int, generator: t
     return _windows(tokens, starts, block_size, device)
 
 
-def _windows(tokens: np.ndarray, starts: np.ndarray, block_size: int,
-             device: str) -> tuple[Tensor, Tensor]:
-    """The windows that begin at ``starts`` (B, 1), in one gather from the file."""
-    window = tokens[starts + np.arange(block_size + 1)].astype(np.int64)
-    window = torch.from_numpy(window).to(device)
+def _windows(tokens: np.ndarray, starts: np.ndarray, T: int, device) -> tuple[Tensor, Tensor]:
+    """Inputs and targets (B, T) of the windows that begin at ``starts`` (B, 1), in one gather."""
+    window = torch.from_numpy(tokens[starts + np.arange(T + 1)].astype(np.int64)).to(device)
     return window[:, :-1].contiguous(), window[:, 1:].contiguous()  # nanoGPT's model takes views
 
 
 def ngram_losses(corpus: Corpus) -> dict[str, float]:
-    """Validation cross-entropy in nats of unigram and bigram models (add-one smoothing).
-
-    A model above the unigram line has learnt nothing; one above the bigram line knows less than
-    pairs of letters tell.
-    """
+    """Validation cross-entropy in nats of unigram and bigram models (add-one smoothing)."""
     V = corpus.vocab_size
     train, val = corpus.train.astype(np.int64), corpus.val.astype(np.int64)
     unigram = np.bincount(train, minlength=V) + 1.0
+    bigram = np.bincount(train[:-1] * V + train[1:], minlength=V * V).reshape(V, V) + 1.0
     unigram /= unigram.sum()
-    pairs = train[:-1] * V + train[1:]
-    bigram = np.bincount(pairs, minlength=V * V).reshape(V, V) + 1.0
     bigram /= bigram.sum(1, keepdims=True)
-    return {
-        "unigram": float(-np.log(unigram[val]).mean()),
-        "bigram": float(-np.log(bigram[val[:-1], val[1:]]).mean()),
-    }
+    return {"unigram": float(-np.log(unigram[val]).mean()),
+            "bigram": float(-np.log(bigram[val[:-1], val[1:]]).mean())}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -230,9 +195,9 @@ def ngram_losses(corpus: Corpus) -> dict[str, float]:
 class Run:
     """A finished training run.
 
-    ``history`` is tidy: one value a row, with columns step, metric, part, value. The metrics are
-    what the data's ``score`` gives (``val_loss``), ``train_loss`` (nats per token, mean since the
-    row before), ``tokens_per_s``, and what ``measure`` gives.
+    ``history`` has a value a row, with columns step, metric, part, value. Metrics are what the data
+    (``val_loss``) and ``measure`` give, ``train_loss`` (nats per token, mean since the row before)
+    and ``tokens_per_s``.
     """
 
     model: LocalGPT
@@ -250,14 +215,12 @@ class Run:
 
     def series(self, metric: str) -> pd.Series:
         """One metric by step (averaged over its parts)."""
-        rows = self.history[self.history["metric"] == metric]
-        return rows.groupby("step")["value"].mean()
+        return self.history.query("metric == @metric").groupby("step")["value"].mean()
 
 
 def alignment(model: LocalGPT, x: Tensor, y: Tensor) -> dict[tuple[str, str], float]:
     """Cosine in [-1, 1] of each parameter's gradient with that of exact backpropagation."""
-    exact = twin(model, **dataclasses.asdict(model.config.exact))
-    cosines = gradient_cosines(model, exact, x, y)
+    cosines = gradient_cosines(model, twin(model, **asdict(model.config.exact)), x, y)
     return {("alignment", name): cosine for name, cosine in cosines.items()}
 
 
@@ -266,98 +229,69 @@ def adamw(model: LocalGPT, lr: float, steps: int) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
 
 
-def train(
-    config: LocalGPTConfig,
-    steps: int = 500,
-    lr: float = 1e-3,
-    batch_size: int = 32,
-    seed: int = 1337,
-    data: Corpus | None = None,
-    eval_every: int = 50,
-    measure: Callable[[LocalGPT, Tensor, Tensor], Mapping[tuple[str, str], float]] = alignment,
-    device: str = "cpu",
-    directory: str | os.PathLike | None = DATA / "runs",
-    progress: bool = True,
-    optimizer: Callable[[LocalGPT, float, int], torch.optim.Optimizer] = adamw,
-) -> Run:
+def train(config: LocalGPTConfig, steps: int = 500, lr: float = 1e-3, batch_size: int = 32,
+          seed: int = 1337, data: Corpus | None = None, eval_every: int = 50,
+          measure: Callable[..., Mapping[tuple[str, str], float]] = alignment, device: str = "cpu",
+          directory: str | os.PathLike | None = DATA / "runs", progress: bool = True,
+          optimizer: Callable[[LocalGPT, float, int], torch.optim.Optimizer] = adamw) -> Run:
     """Train a LocalGPT, or load the run if it was trained before.
 
     ``data`` is the default corpus if not given, or anything that has ``vocab_size``, ``sha256``,
     ``batch`` and ``score`` as a Corpus has them. ``optimizer`` makes one of (model, lr, steps).
     Every ``eval_every`` steps the model is scored, and a copy of it measured on one fixed batch:
-    ``measure(model, x, y)`` returns numbers by (metric, part).
-
-    A finished run is kept in ``directory`` (None: nowhere) under a hash of all that determines it,
-    see ``_run_settings``. Raises TypeError or ValueError on arguments that cannot be, and
+    ``measure(model, x, y)`` returns numbers by (metric, part). A finished run is kept in
+    ``directory`` (None: nowhere) under a hash of all that determines it. Raises TypeError or
+    ValueError on arguments that cannot be, RuntimeError on a device that PyTorch does not know,
     FloatingPointError if the run diverges.
     """
     data = load_corpus() if data is None else data
-    device = _check_run(config, steps, lr, batch_size, seed, data, eval_every, measure, device,
-                        optimizer)
-    arguments = config, steps, lr, batch_size, seed, data, eval_every, measure, device, optimizer
-    path = settings = None
+    device = str(torch.device(device))
+    _check_run(config, steps, lr, batch_size, seed, data, eval_every, measure, optimizer)
+    saved = path = None
     if directory is not None:
-        settings = _run_settings(*arguments)
+        # all that determines a run: arguments, data, PyTorch and code. What that calls elsewhere is
+        # not followed: delete the run where it has changed.
+        rule = SOFTMAX_BACKWARD[config.softmax_backward]
+        parts = model_local, _training, evaluate, get_batch, type(data), rule, measure, optimizer
+        numbers = int(steps), float(lr), int(batch_size), int(seed), int(eval_every)
+        settings = "\n".join([repr((config, numbers, device)), data.sha256, torch.__version__,
+                              *map(_source, parts)])
         key = hashlib.sha256(settings.encode()).hexdigest()[:12]
         path = Path(directory) / f"{config.method}-{config.softmax_backward}-{key}.pt"
-    saved = _load_checkpoint(path, settings) if path else None
+        saved = _load_checkpoint(path, settings)
     with torch.random.fork_rng(devices=[]):  # whoever calls keeps their own random numbers
-        if saved is not None:
-            model = LocalGPT(config).to(device)
-            model.load_state_dict(saved["model"])
-        else:
-            model, history, snapshots = _training(*arguments, progress)
-            saved = {"settings": settings, "history": history, "snapshots": snapshots,
-                     "model": model.state_dict()}
+        if saved is None:
+            saved = _training(config, steps, lr, batch_size, seed, data, eval_every, measure,
+                              device, optimizer, progress)
             if path:
+                saved["settings"] = settings
                 save_atomically(path, lambda file: torch.save(saved, file))
+        model = LocalGPT(config).to(device)
+    model.load_state_dict(saved["model"])
     table = pd.DataFrame(saved["history"], columns=["step", "metric", "part", "value"])
     return Run(model.eval(), table, saved["snapshots"])
 
 
-def _check_run(config, steps, lr, batch_size, seed, data, eval_every, measure, device,
-               optimizer) -> str:
-    """Refuse arguments of ``train`` that cannot be; return the device as PyTorch names it."""
+def _check_run(config, steps, lr, batch_size, seed, data, eval_every, measure, optimizer) -> None:
+    """Refuse arguments of ``train`` that cannot be."""
     if not isinstance(config, LocalGPTConfig):
-        raise TypeError(f"config={config!r} is no LocalGPTConfig: "
-                        "write LocalGPTConfig(method='bp', ...)")
+        raise TypeError(f"config={config!r} is no LocalGPTConfig: write LocalGPTConfig(...)")
     for name in ("vocab_size", "sha256", "batch", "score"):
         if not hasattr(data, name):
-            raise TypeError(f"data={data!r} has no {name}: write data=load_corpus() or a task, "
-                            "such as data.experiment.RecallTask()")
+            raise TypeError(f"data={data!r} has no {name}: write data=load_corpus() or a task")
     for name, function in (("measure", measure), ("optimizer", optimizer)):
         if not callable(function):
             raise TypeError(f"{name}={function!r} is no function: write {name}={name}s_function")
     if config.vocab_size != data.vocab_size:
         raise ValueError(f"config.vocab_size={config.vocab_size} and the data have "
                          f"{data.vocab_size}: write vocab_size=data.vocab_size")
-    for name, number in (("steps", steps), ("batch_size", batch_size), ("eval_every", eval_every)):
-        if isinstance(number, bool) or not isinstance(number, Integral) or number < 1:
-            raise ValueError(f"{name}={number!r} is not a whole number from 1 up")
-    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**63:
-        raise ValueError(f"seed={seed!r} is not a whole number from 0 up")
-    if isinstance(lr, bool) or not isinstance(lr, Real) or not 0 < lr < math.inf:
+    for name, number, least in (("steps", steps, 1), ("batch_size", batch_size, 1),
+                                ("eval_every", eval_every, 1), ("seed", seed, 0)):
+        is_whole = isinstance(number, Integral) and not isinstance(number, bool)
+        if not is_whole or not least <= number < 2**63:
+            raise ValueError(f"{name}={number!r} is not a whole number from {least} up")
+    if not isinstance(lr, Real) or not 0 < lr < math.inf:
         raise ValueError(f"lr={lr!r} is not a positive number")
-    try:
-        return str(torch.device(device))
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device={device!r} is unknown to PyTorch: "
-                         "write 'cpu' or 'cuda'") from error
-
-
-def _run_settings(config, steps, lr, batch_size, seed, data, eval_every, measure, device,
-                  optimizer) -> str:
-    """All that determines a run, in words: the arguments, the data, PyTorch and the code.
-
-    The code is that of the model, the training loop, the data, the rule, the measure and the
-    optimizer, without comments and docstrings. What these call elsewhere, or hold in a closure, is
-    not followed: delete the run where that has changed.
-    """
-    rule = SOFTMAX_BACKWARD[config.softmax_backward]
-    code = [_source(part) for part in (model_local, _training, evaluate, get_batch, type(data),
-                                       rule, measure, optimizer)]
-    numbers = int(steps), float(lr), int(batch_size), int(seed), int(eval_every), device
-    return "\n".join([repr(config), *map(repr, numbers), data.sha256, torch.__version__, *code])
 
 
 def _source(part) -> str:
@@ -370,13 +304,12 @@ def _source(part) -> str:
         return "\n".join([_source(type(part)), *held])
     try:
         source = textwrap.dedent(inspect.getsource(part))
-    except (OSError, TypeError) as error:
-        raise ValueError(f"the code of {part!r} cannot be read, so the run cannot be found again: "
-                         "define it in a file or a notebook, or say directory=None") from error
-    try:
         tree = ast.parse(source)
     except SyntaxError:  # a lambda in the middle of a call
         return source
+    except (OSError, TypeError) as error:
+        raise ValueError(f"the code of {part!r} cannot be read: define it in a file or a notebook, "
+                         "or say directory=None") from error
     for node in ast.walk(tree):
         has_docstring = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
         if has_docstring and ast.get_docstring(node) is not None:
@@ -385,14 +318,14 @@ def _source(part) -> str:
 
 
 def _training(config, steps, lr, batch_size, seed, data, eval_every, measure, device, optimizer,
-              progress) -> tuple[LocalGPT, list, dict]:
-    """The loop of ``train``: the model, its history as rows, and its parameters by step."""
+              progress) -> dict:
+    """The loop of ``train``: the model's state, its history as rows, its parameters by step."""
     torch.manual_seed(seed)
     model = LocalGPT(config).to(device)
     optimizer = optimizer(model, lr, steps)
     batches = torch.Generator().manual_seed(seed)
-    probe_seed = torch.Generator().manual_seed(-1)  # no run's
-    probe = data.batch(config.block_size, batch_size, probe_seed, device)
+    no_runs = torch.Generator().manual_seed(-1)
+    probe = data.batch(config.block_size, batch_size, no_runs, device)
     history, snapshots = [], {}
 
     def record(step: int, metrics: dict[str, float]) -> None:
@@ -403,16 +336,15 @@ def _training(config, steps, lr, batch_size, seed, data, eval_every, measure, de
             for (metric, part), value in measured.items():
                 values[str(metric), str(part)] = float(value)
         except (AttributeError, TypeError, ValueError) as error:
-            raise TypeError(f"measure returned {measured!r}: "
-                            "a dict of numbers by (metric, part) was expected") from error
-        history.extend((step, metric, part, value) for (metric, part), value in values.items())
-        parameters = model.named_parameters()
-        snapshots[step] = {name: p.detach().cpu().clone() for name, p in parameters}
+            raise TypeError(f"measure returned {measured!r}: a dict of numbers by (metric, part) "
+                            "was expected") from error
+        history.extend((step, *key, value) for key, value in values.items())
+        snapshots[step] = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
 
     record(0, {})
     losses, start = [], time.perf_counter()
-    title = f"{config.method}/{config.softmax_backward}"
     silence = {} if progress else {"disable": True}  # False would overrule TQDM_DISABLE
+    title = f"{config.method}/{config.softmax_backward}"
     bar = tqdm(range(1, steps + 1), desc=title, leave=False, **silence)
     for step in bar:
         _, loss = model(*data.batch(config.block_size, batch_size, batches, device))
@@ -431,20 +363,15 @@ def _training(config, steps, lr, batch_size, seed, data, eval_every, measure, de
         record(step, {"train_loss": train_loss, "tokens_per_s": speed})
         bar.set_postfix(loss=f"{train_loss:.3f}")
         losses, start = [], time.perf_counter()
-    return model, history, snapshots
+    return {"model": model.state_dict(), "history": history, "snapshots": snapshots}
 
 
 @torch.no_grad()
-def evaluate(model: LocalGPT, tokens: np.ndarray, n_windows: int = 512,
-             batch_size: int = 64) -> float:
-    """Mean cross-entropy in nats per token over ``n_windows`` evenly spaced windows.
-
-    They are the same ones at every call. Raises ValueError where ``tokens`` are too few for one.
-    """
+def evaluate(model: LocalGPT, tokens: np.ndarray, n_windows=512, batch_size=64) -> float:
+    """Mean cross-entropy in nats per token over evenly spaced windows, the same at every call."""
     T, device = model.config.block_size, next(model.parameters()).device
     if len(tokens) <= T:
-        raise ValueError(f"the validation part has {len(tokens)} tokens: "
-                         f"too few for block_size={T}")
+        raise ValueError(f"{len(tokens)} tokens for validation: too few for block_size={T}")
     starts = np.unique(np.linspace(0, len(tokens) - T - 1, n_windows).astype(np.int64))[:, None]
     was_training = model.training
     model.eval()
@@ -458,7 +385,7 @@ def evaluate(model: LocalGPT, tokens: np.ndarray, n_windows: int = 512,
 def twin(model: LocalGPT, **changes) -> LocalGPT:
     """The same weights under changed settings, e.g. ``method="bp"``; so for feedback and memory."""
     with torch.random.fork_rng(devices=[]):
-        other = LocalGPT(dataclasses.replace(model.config, **changes))
+        other = LocalGPT(replace(model.config, **changes))
     other.load_state_dict(model.state_dict(), strict=False)
     return other.to(next(model.parameters()).device).train(model.training)
 
@@ -472,15 +399,12 @@ def gradients(model: LocalGPT, x: Tensor, y: Tensor) -> dict[str, Tensor | None]
 
 def gradient_cosines(model: LocalGPT, reference: LocalGPT, x: Tensor,
                      y: Tensor) -> dict[str, float]:
-    """Cosine in [-1, 1] between the gradients of two models on one batch, by parameter.
-
-    Parameters that either model leaves without a gradient, or with one that is zero, are left out.
-    """
+    """Cosine in [-1, 1] of two models' gradients on one batch, by parameter; none of zero is in."""
     mine, theirs = gradients(model, x, y), gradients(reference, x, y)
     cosines = {}
-    for name in mine:
-        pair = [g.double().flatten() for g in (mine[name], theirs[name]) if g is not None]
-        if len(pair) == 2 and all(g.any() for g in pair):
+    for name, g in mine.items():
+        if g is not None and theirs[name] is not None and g.any() and theirs[name].any():
+            pair = g.double().flatten(), theirs[name].double().flatten()
             cosines[name] = F.cosine_similarity(*pair, dim=0, eps=0).item()
     return cosines
 
@@ -488,7 +412,7 @@ def gradient_cosines(model: LocalGPT, reference: LocalGPT, x: Tensor,
 def save_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let ``write(file)`` fill a neighbour of ``path``, then rename it: all is seen, or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    part = path.with_name(f"{path.name}.{os.urandom(8).hex()}.part")
     try:
         with open(part, "xb") as file:
             write(file)
@@ -499,13 +423,13 @@ def save_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 def _load_checkpoint(path: Path, settings: str) -> dict | None:
     """What ``train`` saved under these settings; None, with a warning, if it is damaged."""
-    if not path.exists():
-        return None
     try:
         saved = torch.load(path, weights_only=True)  # never unpickles code
         if saved["settings"] == settings and {"history", "snapshots", "model"} <= set(saved):
             return saved
         what = "it belongs to other settings"
+    except FileNotFoundError:
+        return None
     except Exception as error:  # a half-written or corrupted archive can fail in any way
         what = f"{type(error).__name__}: {error}"
     warnings.warn(f"{path.name} is damaged ({what}): training again", stacklevel=3)
@@ -520,88 +444,41 @@ def _load_checkpoint(path: Path, settings: str) -> dict | None:
 class CapturedAttention:
     """One attention of a model, a softmax over keys, in the passes that a capture has seen.
 
-    ``sums`` are those of all passes whose gradients arrived, see ``head_sums``. Where maps are kept
-    in their place, ``scores`` (``-inf`` where the query may not see the key), ``attn``, ``grad`` =
-    dL/dA (B, H, T_q, T_k) and ``visible`` (boolean, may be broadcast to that) are those of the pass
-    whose gradient arrived last, or of a later forward pass; never parts of two. Reading what was
-    not captured is a RuntimeError that says why.
+    ``sums`` are those of all passes whose gradients arrived, see ``head_sums``. Maps, where kept,
+    are ``scores`` (``-inf`` on keys that the query may not see), ``attn``, ``grad`` = dL/dA (B, H,
+    T_q, T_k) and ``visible`` (boolean, broadcasts to that) of the pass whose gradient arrived last,
+    or of a later forward pass. Reading what was not captured is a RuntimeError that says why.
     """
 
-    scores = property(lambda self: self._map("scores"))
-    attn = property(lambda self: self._map("attn"))
-    visible = property(lambda self: self._map("visible"))
-    grad = property(lambda self: self._map("grad"))
+    scores = property(lambda self: self._read("scores"))
+    attn = property(lambda self: self._read("attn"))
+    visible = property(lambda self: self._read("visible"))
+    grad = property(lambda self: self._read("grad"))
 
     def __init__(self, name: str, keep_maps: bool) -> None:
         self.name, self.keep_maps = name, keep_maps
-        self.is_open = True  # gradients that arrive after the 'with' block are not taken in
-        self._sums: list[Tensor] = []
-        self._maps: dict[str, Tensor] = {}
-        self._why_no_grad = ""
+        self.kept: dict = {}  # the maps by name, or a list of sums
+        self.why_no_grad = ""
 
     @property
     def sums(self) -> Tensor:
         if self.keep_maps:
             return head_sums(self.attn, self.grad, self.visible)
-        if not self._sums:
-            raise self._no_grad()
-        return torch.cat(self._sums)
+        return torch.cat(self._read("sums"))
 
-    def _map(self, name: str) -> Tensor:
-        if not self.keep_maps:
-            raise RuntimeError(
-                f"the maps of {self.name!r} were not kept: "
-                "ask for capture_attention(model, maps=True)")
-        if name not in self._maps:
-            raise self._no_grad()
-        return self._maps[name]
-
-    def _no_grad(self) -> RuntimeError:
-        return RuntimeError(
-            f"no gradient reached the attention weights of {self.name!r}: {self._why_no_grad}")
-
-    def watch_weights(self, scores: Tensor, attn: Tensor, visible: Tensor) -> Tensor:
-        """``attn``, which from here on tells of its gradient."""
-        scores = scores.detach() if self.keep_maps else None  # else the graph would keep them alive
-        if self.keep_maps:
-            self._maps = {"scores": scores, "attn": attn.detach(), "visible": visible}
-
-        def arrived(grad: Tensor, attn: Tensor, visible: Tensor) -> None:
-            sees_some = visible.any(-1, keepdim=True)
-            if not sees_some.all():  # a padded query, whatever the model makes of it
-                attn = attn.masked_fill(~sees_some, 0.0)
-            if self.keep_maps:
-                self._maps = {"scores": scores, "attn": attn, "visible": visible, "grad": grad}
-            else:
-                self._sums.append(head_sums(attn, grad, visible))
-
-        return self._watch(attn, arrived, attn.detach(), visible)
-
-    def watch_output(self, out: Tensor, call: _FusedCall) -> Tensor:
-        """The same of a fused attention's output: its gradient tells that of the weights."""
-        tensors = [x if x is None else x.detach() for x in call[:4]]
-        options = call._replace(query=None, key=None, value=None, attn_mask=None)
-
-        def arrived(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> None:
-            call = options._replace(query=query, key=key, value=value, attn_mask=mask)
-            self._sums.append(sum(head_sums(*tile) for tile in _tiles(call, grad)))
-
-        return self._watch(out, arrived, *tensors)
-
-    def _watch(self, x: Tensor, arrived: Callable[..., None], *seen: Tensor | None) -> Tensor:
-        if not x.requires_grad:
-            self._why_no_grad = "the forward pass ran under torch.no_grad(), "
-            self._why_no_grad += "or every parameter is frozen"
-            return x
-        self._why_no_grad = "call loss.backward() inside the 'with' block, "
-        self._why_no_grad += "on a loss that depends on this layer"
-        return _Watched.apply(x, lambda *seen: arrived(*seen) if self.is_open else None, *seen)
+    def _read(self, name: str) -> Tensor | list[Tensor]:
+        if name != "sums" and not self.keep_maps:
+            raise RuntimeError(f"no maps of {self.name!r}: say capture_attention(model, maps=True)")
+        if name not in self.kept:
+            raise RuntimeError(f"no gradient reached the attention weights of {self.name!r}: "
+                               f"{self.why_no_grad}")
+        return self.kept[name]
 
 
 class _Watched(torch.autograd.Function):
     """A tensor, unchanged, whose gradient is seen as it passes by: ``arrived(gradient, *seen)``.
 
-    ``seen`` lies in the graph and nowhere else: it is freed, offloaded or recomputed with it.
+    ``seen`` lies in the graph alone, to be freed, offloaded or recomputed with it.
     """
 
     @staticmethod
@@ -620,41 +497,36 @@ class _Watched(torch.autograd.Function):
 class _Softmaxes(TorchFunctionMode):
     """While a module of ``model`` is at work, every softmax over keys in it is made by ``weights``.
 
-    A TorchFunctionMode is offered every call of a PyTorch function, by whatever name the model has
-    imported it. It is off inside its own handlers: what these call is seen by an outer mode alone,
-    so captures and rules can be nested in any order.
+    That takes the arguments of ``attention_weights`` (send_back=None: by autograd). A mode like
+    this is offered every call of a PyTorch function, by whatever name the model has imported it. It
+    is off inside its own handlers: what these call is seen by an outer mode alone, so captures and
+    rules can be nested in any order.
     """
 
-    def __init__(self, model: nn.Module, only: str) -> None:
+    def __init__(self, model: nn.Module, only: str, weights: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.model, self.only = model, only
+        self.model, self.only, self.weights = model, only, weights
         self.at_work: list[str] = []  # names of modules, the innermost last
-        self.used: Counter[str] = Counter()  # how many attentions a module has had in this pass
+        self.used: dict[str, int] = {}  # how many attentions a module has had in this pass
         self.has_run = False
-
-    def weights(self, scores, visible, activation, send_back=None) -> Tensor:
-        """``activation(scores)``, or with a way back of its own ``attention_weights(...)``."""
-        raise NotImplementedError
+        self.n_heads = 0  # of scores (B * H, T_q, T_k); 0: there are none
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        for name, module in self.model.named_modules():
-            if hasattr(module, "_orig_mod") or module._compiled_call_impl:
-                raise ValueError(
-                    f"{name or type(module).__name__!r} is compiled, and nothing inside it can be "
-                    "seen: use the model as it was before torch.compile")
         with ExitStack() as hooks:  # which takes them off again, whatever happens
             for name, module in self.model.named_modules():
+                if hasattr(module, "_orig_mod") or module._compiled_call_impl:
+                    raise ValueError(f"{name or type(module).__name__!r} is compiled, so nothing "
+                                     "is seen in it: use the model as it was before torch.compile")
                 enter = functools.partial(self._enter, name)
                 hooks.enter_context(module.register_forward_pre_hook(enter))
                 hooks.enter_context(module.register_forward_hook(self._leave, always_call=True))
             hooks.callback(self._end)
             yield
 
-    # The mode is entered and left by hooks, not by one `with` around the block: so it is off for
-    # all that is not this model's, and on again where a checkpoint, in the backward pass, calls a
-    # module once more to recompute its activations. Between the two hooks there is no block that a
-    # `with` could hold, hence the bare __enter__ and __exit__.
+    # Hooks enter and leave the mode, by bare __enter__ and __exit__: so it is off for all that is
+    # not this model's, and on again where a checkpoint, in the backward pass, calls a module once
+    # more to recompute its activations.
 
     def _enter(self, name: str, module, inputs) -> None:
         if not self.at_work:
@@ -683,46 +555,36 @@ class _Softmaxes(TorchFunctionMode):
         if func is attention_weights:
             return self.weights(*args, **kwargs)
         if name == "scaled_dot_product_attention":
-            return self.fused(func, *args, **kwargs)
+            return self.fused(func, _FusedCall(*args, **kwargs).cast())
         if name == "multi_head_attention_forward":
             return self._multi_head(func, *args, **kwargs)
         if name == "softmax":  # of torch, of torch.nn.functional, or of a tensor
             return self._softmax(func, *args, **kwargs)
         return func(*args, **kwargs)
 
-    def fused(self, attention: Callable[..., Tensor], *args, **kwargs) -> Tensor:
-        """The output of ``F.scaled_dot_product_attention``, in steps of which this sees each."""
-        with self:
-            return _attention_step_by_step(*args, **kwargs)
+    def fused(self, attention: Callable[..., Tensor], given: _FusedCall) -> Tensor:
+        """The output of ``F.scaled_dot_product_attention`` by way of weights that can be seen."""
+        with torch.autocast(given.query.device.type, enabled=False):
+            call = given.in_full()
+            scores, visible = call.scores()
+            attn = self.weights(scores, visible, _softmax_or_nothing, full)
+            out = (F.dropout(attn, call.dropout_p) @ call.value).to(given.value.dtype)
+        return out[(0,) * (4 - given.query.dim())]
 
-    def _softmax(self, func, input: Tensor, dim: int | None = None, *args, n_heads=None, **kwargs):
-        """``n_heads``: of a softmax over scores (B * H, T_q, T_k)."""
-        if dim not in (-1, input.dim() - 1) or (input.dim() != 4 and n_heads is None):
+    def _softmax(self, func, input: Tensor, dim: int | None = None, *args, **kwargs):
+        n_heads = input.shape[1] if input.dim() == 4 else self.n_heads
+        if dim not in (-1, input.dim() - 1) or not n_heads:
             return func(input, dim, *args, **kwargs)  # of a mixture's experts, say: no attention
-        scores = input.view(-1, n_heads or input.shape[1], *input.shape[-2:])
-
-        def activation(scores: Tensor) -> Tensor:
-            return func(scores, -1, *args, **kwargs)
-
-        return self.weights(scores, scores > MASKED, activation).view_as(input)
+        scores = input.view(-1, n_heads, *input.shape[-2:])
+        return self.weights(scores, scores > MASKED,
+                            lambda scores: func(scores, -1, *args, **kwargs), None).view_as(input)
 
     def _multi_head(self, func, query, key, value, embed_dim, num_heads, *args, **kwargs):
-        """``F.multi_head_attention_forward``."""
-        # It looks the two functions up in F while it runs. This mode is off here, inside its own
-        # handler, and would not see them; to switch it on would call this handler again. So for
-        # the length of the call the two names lead back here. An outer mode may have put its own
-        # there before: that is what they then go on to.
-        softmax, attention = F.softmax, F.scaled_dot_product_attention
-
-        def own_softmax(*args, **kwargs) -> Tensor:
-            return self._softmax(softmax, *args, n_heads=num_heads, **kwargs)
-
-        def own_attention(*args, **kwargs) -> Tensor:
-            with self:
-                return attention(*args, **kwargs)
-
-        own = {"softmax": own_softmax, "scaled_dot_product_attention": own_attention}
-        with mock.patch.multiple(F, **own):
+        # This mode is off here, inside its handler, and would not see the softmax inside; on, it
+        # would be offered the whole function again, without end. So that one is told not to offer
+        # itself: it asks F.has_torch_function, and the functions that it calls ask by other names.
+        with (self, mock.patch.object(self, "n_heads", num_heads),
+              mock.patch.object(F, "has_torch_function", return_value=False)):
             return func(query, key, value, embed_dim, num_heads, *args, **kwargs)
 
 
@@ -747,15 +609,15 @@ class _FusedCall(NamedTuple):
         device = self.query.device.type
         if self.query.dtype == torch.float64 or not torch.is_autocast_enabled(device):
             return self
-        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in self[:3])
-        return self._replace(query=query, key=key, value=value)
+        return _FusedCall(*(x.to(torch.get_autocast_dtype(device)) for x in self[:3]), *self[3:])
 
     def in_full(self) -> _FusedCall:
-        """As the kernels compute: in float32 at least, and each head of queries with its keys."""
-        query, key, value = (x.float() if torch.finfo(x.dtype).bits < 32 else x for x in self[:3])
+        """As kernels compute: in float32 at least, each head of queries with its keys; batched."""
+        tensors = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in self[:3]]
+        query, key, value = (x[(None,) * (4 - x.dim())] for x in tensors)
         if self.enable_gqa:  # query heads 0, 1, ... share the first head of the keys, and so on
             n = query.shape[-3] // key.shape[-3]
-            key, value = key.repeat_interleave(n, dim=-3), value.repeat_interleave(n, dim=-3)
+            key, value = key.repeat_interleave(n, -3), value.repeat_interleave(n, -3)
         scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
         return self._replace(query=query, key=key, value=value, scale=scale, enable_gqa=False)
 
@@ -778,34 +640,23 @@ class _FusedCall(NamedTuple):
 
 
 @torch.no_grad()
-def _tiles(call: _FusedCall, grad_out: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Weights, their gradient and the visible keys, of as many queries at a time as ``TILE`` holds.
+def _fused_sums(call: _FusedCall, grad_out: Tensor) -> Tensor:
+    """``head_sums`` of a fused attention, of as many queries at a time as ``TILE`` holds.
 
-    Both maps follow from what a fused attention is given: ``A = softmax(scores)`` and
-    ``dL/dA = dO V^T``. Weights end where a causal mask hides all further keys, dL/dA does not.
+    Both maps follow from what it is given: ``A = softmax(scores)`` and ``dL/dA = dO V^T``. Weights
+    end where a causal mask hides all further keys, dL/dA does not.
     """
-    query, key, value, grad_out = (  # (B, H, T, D), also of an attention without a batch
-        x[(None,) * (4 - x.dim())] for x in (*call.in_full()[:3], grad_out))
-    call = call.in_full()._replace(query=query, key=key, value=value)
-    B, H, T_q, _ = query.shape
-    n = max(1, TILE // (B * H * key.shape[-2]))
-    for start in range(0, T_q, n):
-        rows = slice(start, start + n)
-        with torch.autocast(query.device.type, enabled=False):
+    call, grad_out = call.in_full(), grad_out[(None,) * (4 - grad_out.dim())]
+    B, H, T_q, _ = call.query.shape
+    n = max(1, TILE // (B * H * call.key.shape[2]))
+    sums = 0
+    with torch.autocast(grad_out.device.type, enabled=False):
+        for start in range(0, T_q, n):
+            rows = slice(start, start + n)
             scores, visible = call.scores(rows)
-            attn, grad = _softmax_or_nothing(scores), grad_out[:, :, rows].to(value) @ value.mT
-        yield attn, grad, visible
-
-
-def _attention_step_by_step(*args, **kwargs) -> Tensor:
-    """``F.scaled_dot_product_attention``, by way of scores and weights that can be seen."""
-    call = _FusedCall(*args, **kwargs).cast()
-    with torch.autocast(call.query.device.type, enabled=False):
-        full = call.in_full()
-        scores, visible = full.scores()
-        batched = scores[(None,) * (4 - scores.dim())]
-        attn = attention_weights(batched, visible, _softmax_or_nothing).view_as(scores)
-        return (F.dropout(attn, call.dropout_p) @ full.value).to(call.value.dtype)
+            grad = grad_out[:, :, rows].to(call.value) @ call.value.mT
+            sums = sums + head_sums(_softmax_or_nothing(scores), grad, visible)
+    return sums
 
 
 def _softmax_or_nothing(scores: Tensor) -> Tensor:
@@ -817,26 +668,55 @@ class _Capture(_Softmaxes):
     """Shows every attention to a ``CapturedAttention``, by the name of the module at work."""
 
     def __init__(self, model: nn.Module, only: str, maps: bool) -> None:
-        super().__init__(model, only)
+        super().__init__(model, only, self._watched)
         self.maps = maps
+        self.is_open = True  # gradients that arrive after the 'with' block are not taken in
         self.layers: list[CapturedAttention] = []
 
-    def weights(self, scores, visible, activation, send_back=None):
+    def _watched(self, scores, visible, activation, send_back) -> Tensor:
         if send_back is None:
             attn = activation(scores)
         else:
             attn = attention_weights(scores, visible, activation, send_back)
-        return self._layer().watch_weights(scores, attn, visible)
+        layer, maps = self._layer(), {}  # without maps, the graph is not to keep scores alive
+        if self.maps:
+            maps = {"scores": scores.detach(), "attn": attn.detach(), "visible": visible}
+            layer.kept = maps
 
-    def fused(self, attention, *args, **kwargs):
-        call = _FusedCall(*args, **kwargs).cast()
+        def arrived(grad: Tensor, attn: Tensor, visible: Tensor) -> None:
+            sees_some = visible.any(-1, keepdim=True)
+            if not sees_some.all():  # a padded query, whatever the model makes of it
+                attn = attn.masked_fill(~sees_some, 0.0)
+            if maps:
+                layer.kept = maps | {"attn": attn, "grad": grad}
+            else:
+                layer.kept.setdefault("sums", []).append(head_sums(attn, grad, visible))
+
+        return self._watch(layer, attn, arrived, attn.detach(), visible)
+
+    def fused(self, attention, call: _FusedCall) -> Tensor:
         if self.maps or call.dropout_p > 0:  # what dropout left, the kernel tells nobody
-            return super().fused(attention, *args, **kwargs)
-        return self._layer().watch_output(attention(**call._asdict()), call)
+            return super().fused(attention, call)
+        layer, options = self._layer(), call[4:]
+
+        def arrived(grad: Tensor, *tensors: Tensor | None) -> None:
+            sums = _fused_sums(_FusedCall(*tensors, *options), grad)
+            layer.kept.setdefault("sums", []).append(sums)
+
+        tensors = [x if x is None else x.detach() for x in call[:4]]
+        return self._watch(layer, attention(**call._asdict()), arrived, *tensors)
+
+    def _watch(self, layer: CapturedAttention, x: Tensor, arrived, *seen: Tensor | None) -> Tensor:
+        if x.requires_grad:
+            layer.why_no_grad = ("call loss.backward() inside the 'with' block, on a loss that "
+                                 "depends on this layer")
+            return _Watched.apply(x, lambda *seen: arrived(*seen) if self.is_open else None, *seen)
+        layer.why_no_grad = "the pass ran under torch.no_grad(), or every parameter is frozen"
+        return x
 
     def _layer(self) -> CapturedAttention:
         name = self.at_work[-1]
-        self.used[name] += 1
+        self.used[name] = self.used.get(name, 0) + 1
         if self.used[name] > 1:  # a module that is used again in the same pass is a further layer
             name = f"{name} ({self.used[name]})"
         for layer in self.layers:
@@ -847,9 +727,8 @@ class _Capture(_Softmaxes):
 
 
 @contextmanager
-def capture_attention(
-    model: nn.Module, maps: bool = False, only: str = ""
-) -> Iterator[list[CapturedAttention]]:
+def capture_attention(model: nn.Module, maps: bool = False,
+                      only: str = "") -> Iterator[list[CapturedAttention]]:
     """Record every attention of ``model``, a PyTorch transformer; yields a list that fills.
 
     An attention is a softmax over keys that runs in one of the model's modules, by
@@ -858,10 +737,9 @@ def capture_attention(
     of use. Each keeps what ``energy_table`` needs of every backward pass inside the block, or if
     ``maps`` the maps of the last one. ``only`` is a regular expression that names are to match.
 
-    Weights and gradients are those of the pass itself. A fused attention stays fused, but for maps,
-    with dropout and under a ``softmax_rule``: then it is computed by the same formulas in steps.
-    On leaving, also after an exception, the model and PyTorch are as they were. Raises ValueError
-    on a model that torch.compile has made a program of, RuntimeError if no attention was found.
+    A fused attention stays fused, but for maps, with dropout and under a ``softmax_rule``. On
+    leaving, also after an exception, the model and PyTorch are as they were. Raises ValueError on a
+    compiled model, RuntimeError if no attention was found.
 
     >>> model = LocalGPT(LocalGPTConfig(block_size=8, vocab_size=10, n_layer=1, n_head=2, n_embd=8))
     >>> idx = torch.arange(8)[None]
@@ -875,32 +753,14 @@ def capture_attention(
         with capture.attached():
             yield capture.layers
     finally:
-        for layer in capture.layers:
-            layer.is_open = False
+        capture.is_open = False
     if not capture.layers:
-        why = "none of PyTorch's softmaxes was called on scores (B, H, T_q, T_k)"
-        why = why if capture.has_run else "no module was called"
+        unseen = "none of PyTorch's softmaxes was called on scores (B, H, T_q, T_k)"
+        why = unseen if capture.has_run else "no module was called"
         where = f" in a module whose name matches {only!r}" if only else ""
-        raise RuntimeError(
-            f"{type(model).__name__}: no attention was seen inside the 'with' block: {why}{where}. "
-            "A fused kernel that is called directly cannot be seen: choose the model's eager or "
-            "sdpa implementation")
-
-
-class _Rule(_Softmaxes):
-    """Every attention sends its error back by ``rule``."""
-
-    def __init__(self, model: nn.Module, only: str, rule: Rule) -> None:
-        super().__init__(model, only)
-        self.rule = rule
-
-    def weights(self, scores, visible, activation, send_back=None):
-        return attention_weights(scores, visible, activation, self._sent)
-
-    @torch.no_grad()
-    def _sent(self, attn: Tensor, grad: Tensor, visible: Tensor) -> Tensor | None:
-        sent = self.rule(attn, grad, visible)
-        return sent if sent is None else sent.masked_fill(~visible.any(-1, keepdim=True), 0.0)
+        raise RuntimeError(f"{type(model).__name__}: no attention was seen: {why}{where}. A fused "
+                           "kernel that is called directly cannot be: choose the model's eager or "
+                           "sdpa implementation")
 
 
 @contextmanager
@@ -909,19 +769,20 @@ def softmax_rule(model: nn.Module, name: str, only: str = "") -> Iterator[None]:
 
     See ``capture_attention`` for what is an attention, for ``only`` and for what is refused;
     ValueError also on a rule that is not known, or that has a memory.
-
-    >>> attention = nn.MultiheadAttention(4, 2, batch_first=True)
-    >>> x = torch.randn(1, 3, 4)
-    >>> with softmax_rule(attention, "none"):
-    ...     attention(x, x, x)[0].sum().backward()
-    >>> queries, keys, values = attention.in_proj_weight.grad.chunk(3)
-    >>> bool(queries.any()), bool(keys.any()), bool(values.any())
-    (False, False, True)
     """
     rules = {key: rule for key, rule in SOFTMAX_BACKWARD.items() if not hasattr(rule, "start")}
     if name not in rules:
         raise ValueError(f"{name!r} is no rule without a memory: choose one of {', '.join(rules)}")
-    with _Rule(model, only, rules[name]).attached():
+
+    @torch.no_grad()
+    def send_back(attn: Tensor, grad: Tensor, visible: Tensor) -> Tensor | None:
+        sent = rules[name](attn, grad, visible)
+        return sent if sent is None else sent.masked_fill(~visible.any(-1, keepdim=True), 0.0)
+
+    def weights(scores, visible, activation, _) -> Tensor:
+        return attention_weights(scores, visible, activation, send_back)
+
+    with _Softmaxes(model, only, weights).attached():
         yield
 
 
@@ -944,16 +805,14 @@ def split_softmax_gradient(attn: Tensor, grad: Tensor) -> SoftmaxGradient:
     """Split ``f = J g``, ``J = diag(a) - a a^T``, into what a key knows and what it must be told.
 
     These are ``d = a (1 - a) g`` and ``o_i = -a_i sum_{j != i} a_j g_j``. attn: weights
-    (..., T_q, T_k), rows over the last axis; grad: dL/dA of the same shape. Each part is computed
-    from its own formula and none by subtraction, so that their sum is a check.
+    (..., T_q, T_k), rows over the last axis; grad: dL/dA of the same shape, else ValueError. Each
+    part is computed from its own formula and none by subtraction, so that their sum is a check.
 
     >>> parts = split_softmax_gradient(torch.tensor([[0.5, 0.5]]), torch.tensor([[1.0, -1.0]]))
     >>> parts.full, parts.diag, parts.offdiag
     (tensor([[ 0.5000, -0.5000]]), tensor([[ 0.2500, -0.2500]]), tensor([[ 0.2500, -0.2500]]))
     """
-    if attn.shape != grad.shape:
-        raise ValueError(
-            f"attn has shape {tuple(attn.shape)} and grad {tuple(grad.shape)}: they must agree")
+    _expect(attn.shape == grad.shape, "maps whose shapes agree", attn=attn, grad=grad)
     weighted = attn * grad
     minus_others = weighted - weighted.sum(-1, keepdim=True)  # the sum without the key's own term
     visible = torch.ones((), dtype=torch.bool)  # neither rule needs it: a masked key has a = 0
@@ -964,10 +823,10 @@ def split_softmax_gradient(attn: Tensor, grad: Tensor) -> SoftmaxGradient:
 ROUNDING = 0.01  # the share of |f| that rounding may account for: beyond, a head is not defined
 EPS64 = 16 * np.finfo(float).eps  # of a sum of products in float64
 # The columns of head_sums: inner products over (query, key) pairs, e being g on the visible keys;
-# sums of entropy and attn_max over queries that see several keys, and how many these are; how many
-# queries see a key, visible pairs, and what rounding may make of |f|^2.
-SUMS = ["ff", "dd", "df", "ee", "gg", "gf"]
-SUMS += ["entropy", "attn_max", "several", "rows", "pairs", "noise"]
+# entropy and attn_max over queries that see several keys, and how many these are; how many queries
+# see a key, visible pairs, and what rounding may make of |f|^2.
+SUMS = ["ff", "dd", "df", "ee", "gg", "gf", "entropy", "attn_max", "several", "rows", "pairs",
+        "noise"]
 
 
 @torch.no_grad()
@@ -978,7 +837,7 @@ def head_sums(attn: Tensor, grad: Tensor, visible: Tensor) -> Tensor:
     before ``grad`` does: all keys behind are masked. ValueError on what is no softmax of attention.
     """
     # float32 at least, which holds half precision without loss; the kernel wants four axes
-    maps = [x if x.dtype == torch.float64 else x.float() for x in (attn, grad)]
+    maps = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in (attn, grad)]
     seen = visible[(None,) * (4 - visible.dim())]
     seen = seen.expand(*seen.shape[:3], attn.shape[-1]).contiguous().view(torch.uint8)
     arrays = [x.cpu().contiguous().numpy() for x in (*maps, seen)]
@@ -1006,9 +865,8 @@ def head_sums(attn: Tensor, grad: Tensor, visible: Tensor) -> Tensor:
 def _map_sums(attn, grad, visible):
     """One reading of the maps (B, H, T_q, T_k), a row at a time, in float64.
 
-    visible: 0 or 1, (B or 1, H or 1, T_q or 1, T_k). Returns, by sequence and head, the columns of
-    ``SUMS`` but the noise, how far a row is from weights that sum to 1 at the most, and the sizes
-    of the weights on masked keys.
+    visible: 0 or 1, (B or 1, H or 1, T_q or 1, T_k). Returns by sequence and head ``SUMS`` without
+    noise, how far at most a row is from weights that sum to 1, and what lies on masked keys.
     """
     B, H, T_q, T_k = attn.shape
     sums, off, hidden = np.zeros((B, H, 11)), np.zeros((B, H)), np.zeros((B, H))
@@ -1067,11 +925,11 @@ def _map_sums(attn, grad, visible):
 
 @numba.njit(inline="always")
 def _log(x):
-    """The natural logarithm of a normal float64 to 13 digits, of four at a time.
+    """The natural logarithm of a normal float64 to 13 digits.
 
-    A library's is a call, which the compiler cannot do for several numbers at once. Here
-    ``x = 2^n m`` is taken apart by its bits, with m within a factor of sqrt(2) of 1, and
-    ``log m = 2 artanh((m - 1) / (m + 1))`` is its series.
+    A library's is a call, which the compiler cannot do for several numbers at once. Here bits take
+    ``x = 2^n m`` apart, m within a factor of sqrt(2) of 1, and ``log m = 2 artanh((m - 1) /
+    (m + 1))`` is its series.
     """
     half = 0x3FE6A09E667F3BCD  # the bits of sqrt(1/2)
     bits = np.float64(x).view(np.int64)
@@ -1085,9 +943,8 @@ def _log(x):
     return 2 * r * series + n * 0.6931471805599453
 
 
-def head_energy(
-    attn: Tensor, grad: Tensor, visible: Tensor | None = None, n_boot: int = 1000, seed: int = 0
-) -> pd.DataFrame:
+def head_energy(attn: Tensor, grad: Tensor, visible: Tensor | None = None, n_boot: int = 1000,
+                seed: int = 0) -> pd.DataFrame:
     """How much of the softmax's backward pass is diagonal and how much lateral, one row a head.
 
     attn: softmax weights (B, H, T_q, T_k); grad: dL/dA of the same shape; visible: boolean, of a
@@ -1105,59 +962,59 @@ def head_energy(
     defined                    False where rounding may decide: ratios, cosines are NaN
     ========================== =========================================================== =========
 
-    Energies are summed over a sequence's (query, key) pairs, averaged over sequences, then divided:
-    a ratio of means. Cosines are taken per sequence over the flattened map, then averaged (without
-    sequences that have no gradient). ``entropy`` and ``attn_max`` leave out queries with one key.
-    ``*_lo`` and ``*_hi`` bound the 95 % bootstrap interval over the B sequences: of width 0 for a
-    single one, NaN where a resample held none with a gradient. Sums run in float64, rows of attn
-    are scaled to sum to 1, and no absolute epsilon enters: the scale of grad is free, as long as
-    its squares fit a float64.
+    Energies are summed over (query, key) pairs, averaged over sequences, then divided: a ratio of
+    means. Cosines are those of flattened maps, averaged over sequences that have a gradient.
+    ``entropy`` and ``attn_max`` leave out queries with one key. ``*_lo`` and ``*_hi`` bound the 95
+    % bootstrap interval over sequences (of width 0 for a single one, NaN where a resample held none
+    with a gradient). Sums run in float64; the scale of grad is free while its squares fit that.
 
     A head is ``defined`` where the rounding of attn and grad to their types moves f by no more than
-    ``ROUNDING`` = 1 % of |f|: the ratios are then right to 2 % of the largest of them, cosines to
-    0.01, and NaN as well where a single sequence fails this. Half precision that was stored as
-    float32 counts as float32: pass it in its own type. Raises ValueError where attn is not a
-    softmax over the visible keys, and on values that are not finite.
+    ``ROUNDING`` = 1 % of |f|: ratios are then right to 2 % of the largest, cosines to 0.01, and NaN
+    as well where a single sequence fails this. Pass half precision in its own type, not as float32.
+    Raises ValueError where attn is no softmax over the visible keys, or a value is not finite.
 
     >>> a = torch.tensor([[1.0, 0.0], [0.5, 0.5]]).double()[None, None]
     >>> row = head_energy(a, torch.tensor([[1.0, 0.0], [1.0, -1.0]]).double()[None, None]).iloc[0]
     >>> row[["r_diag", "r_offdiag", "r_cross", "cos_diag"]].astype(float).round(9).tolist()
     [0.25, 0.25, 0.5, 1.0]
     """
-    visible = _check_attention(attn, grad, visible)
-    return _energy_figures(head_sums(attn, grad, visible), n_boot, seed)
+    size = _sizes({"attn": "B H T_q T_k", "grad": "B H T_q T_k"}, attn=attn, grad=grad)
+    if visible is None:
+        _expect(size["T_q"] == size["T_k"], "a map of visible keys, or T_q = T_k", attn=attn)
+        visible = torch.ones(attn.shape[2:], dtype=torch.bool, device=attn.device).tril()
+    fits = _is_mask(visible, attn.shape) and visible.dtype == torch.bool
+    _expect(fits, f"a boolean torch tensor that broadcasts to {tuple(attn.shape)}", visible=visible)
+    return _energies(head_sums(attn, grad, visible), n_boot, seed)
 
 
-def attention_energy(
-    query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, attn_mask: Tensor | None = None,
-    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
-    n_boot: int = 1000, seed: int = 0,
-) -> pd.DataFrame:
+def attention_energy(query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor,
+                     attn_mask: Tensor | None = None, is_causal: bool = False,
+                     scale: float | None = None, enable_gqa: bool = False,
+                     n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
     """``head_energy`` of an attention whose maps nobody has made, one row a head.
 
-    query: (B, H, T_q, D); key: (B, H, T_k, D); value: (B, H, T_k, D_v); grad_out: dL/dO, the
-    gradient at the output, (B, H, T_q, D_v); all of one type. The others are what
-    ``F.scaled_dot_product_attention`` was called with: see there. Maps are made for some queries at
-    a time, in float32 at least, so memory is linear in T_q and T_k. Raises ValueError where shapes,
-    types or mask do not fit, and on values that are not finite.
-
-    >>> zeros, values = torch.zeros(1, 1, 2, 2), torch.eye(2)[None, None]  # so dL/dA is dL/dO
-    >>> grad_out = torch.tensor([[1.0, 0.0], [1.0, -1.0]])[None, None]
-    >>> row = attention_energy(zeros, zeros, values, grad_out, is_causal=True).iloc[0]
-    >>> row[["r_diag", "r_offdiag", "r_cross", "cos_diag"]].astype(float).round(9).tolist()
-    [0.25, 0.25, 0.5, 1.0]
+    query: (B, H, T_q, D); key: (B, H, T_k, D); value: (B, H, T_k, D_v); grad_out: dL/dO (B, H, T_q,
+    D_v); all of one type. The others are as ``F.scaled_dot_product_attention`` has them. Maps are
+    made for some queries at a time, in float32 at least: memory is linear in T_q and T_k. Raises
+    ValueError where shapes, types or mask do not fit, and on values that are not finite.
     """
+    given = {"query": query, "key": key, "value": value, "grad_out": grad_out}
+    kv = "H_kv" if enable_gqa else "H"
+    size = _sizes({"query": "B H T_q D", "key": f"B {kv} T_k D", "value": f"B {kv} T_k D_v",
+                   "grad_out": "B H T_q D_v"}, **given)
+    _expect(len({x.dtype for x in given.values()}) == 1, "tensors of one type", **given)
+    _expect(size["H"] % size[kv] == 0, "a number of heads that those of the keys divide", **given)
+    pairs = size["B"], size["H"], size["T_q"], size["T_k"]
+    _expect(attn_mask is None or _is_mask(attn_mask, pairs),
+            f"a mask, boolean or of scores, that broadcasts to {pairs}", attn_mask=attn_mask)
     call = _FusedCall(query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa)
-    _check_fused(call, grad_out)
-    sums = sum(head_sums(*tile) for tile in _tiles(call, grad_out))
-    return _energy_figures(sums, n_boot, seed)
+    return _energies(_fused_sums(call, grad_out), n_boot, seed)
 
 
-def energy_table(
-    layers: Iterable[CapturedAttention], n_boot: int = 1000, seed: int = 0
-) -> pd.DataFrame:
+def energy_table(layers: Iterable[CapturedAttention], n_boot: int = 1000,
+                 seed: int = 0) -> pd.DataFrame:
     """``head_energy`` of captured layers and all their passes, one row a (layer, head)."""
-    tables = [_energy_figures(layer.sums, n_boot, seed) for layer in layers]
+    tables = [_energies(layer.sums, n_boot, seed) for layer in layers]
     if not tables:
         raise ValueError("no layer was given: a table needs one or more")
     for i, table in enumerate(tables):
@@ -1165,7 +1022,7 @@ def energy_table(
     return pd.concat(tables, ignore_index=True)
 
 
-def _energy_figures(sums: Tensor, n_boot: int, seed: int) -> pd.DataFrame:
+def _energies(sums: Tensor, n_boot: int, seed: int) -> pd.DataFrame:
     """The columns of ``head_energy`` from those of ``head_sums``."""
     if not isinstance(n_boot, Integral) or n_boot < 1:
         raise ValueError(f"n_boot={n_boot}: an interval needs resamples, a thousand or so")
@@ -1177,17 +1034,13 @@ def _energy_figures(sums: Tensor, n_boot: int, seed: int) -> pd.DataFrame:
     # that of a selection
     known = ff > noise / ROUNDING**2
     known &= ~((gg > 0) & ~known).any(0)
-    energies = {"r_diag": dd, "r_offdiag": ff - 2 * df + dd, "r_cross": 2 * (df - dd)}
-    energies["one_minus_r_diag"] = ff - dd
+    energies = {"r_diag": dd, "r_offdiag": ff - 2 * df + dd, "r_cross": 2 * (df - dd),
+                "one_minus_r_diag": ff - dd}
     with np.errstate(invalid="ignore", divide="ignore"):  # 0 / 0 where there is nothing to average
-        means = {
-            "cos_diag": df / np.sqrt(dd) / np.sqrt(ff),
-            "cos_ste": gf / np.sqrt(ee) / np.sqrt(ff),
-            "cos_ste_unmasked": gf / np.sqrt(gg) / np.sqrt(ff),
-        }
-        means = {name: np.where(known, cosine, np.nan) for name, cosine in means.items()}
-        means["entropy"], means["attn_max"] = entropy / several, attn_max / several
-        means["attn_mean"] = rows / pairs
+        norm = np.where(known, np.sqrt(ff), np.nan)
+        means = {"cos_diag": df / np.sqrt(dd) / norm, "cos_ste": gf / np.sqrt(ee) / norm,
+                 "cos_ste_unmasked": gf / np.sqrt(gg) / norm, "entropy": entropy / several,
+                 "attn_max": attn_max / several, "attn_mean": rows / pairs}
 
     # row 0 weighs every sequence once, the others are bootstrap resamples of the sequences
     resamples = np.random.default_rng(seed).multinomial(B, np.full(B, 1 / B), size=n_boot)
@@ -1204,54 +1057,22 @@ def _energy_figures(sums: Tensor, n_boot: int, seed: int) -> pd.DataFrame:
     draws = {name: mean(values) / energy for name, values in energies.items()}
     draws |= {name: mean(values) for name, values in means.items()}
 
-    columns = {"head": range(H), "defined": np.isfinite(energy[0])}
+    table = {"head": range(H), "defined": np.isfinite(energy[0])}
     for name, draw in draws.items():
         low, high = np.quantile(draw[1:], [0.025, 0.975], axis=0)
-        columns |= {name: draw[0], f"{name}_lo": low, f"{name}_hi": high}
-    return pd.DataFrame(columns)
+        table |= {name: draw[0], f"{name}_lo": low, f"{name}_hi": high}
+    return pd.DataFrame(table)
 
 
-def _check_attention(attn: Tensor, grad: Tensor, visible: Tensor | None) -> Tensor:
-    """Refuse what cannot be maps of attention; return the map of visible keys."""
-    shape = "floating-point torch tensors of one shape (B, H, T_q, T_k), no axis of length 0"
-    _expect(_are_floats(attn, grad) and attn.shape == grad.shape, shape, attn=attn, grad=grad)
-    pairs = attn.shape[2:]
-    if visible is None:
-        _expect(pairs[0] == pairs[1], "a map of visible keys: there is no causal one", attn=attn)
-        return torch.ones(pairs, dtype=torch.bool, device=attn.device).tril()
-    fits = _is_mask(visible, attn.shape) and visible.dtype == torch.bool
-    _expect(fits, f"a boolean torch tensor that broadcasts to {tuple(attn.shape)}", visible=visible)
-    return visible
-
-
-def _check_fused(call: _FusedCall, grad_out: Tensor) -> None:
-    """Refuse what cannot be an attention's inputs and the gradient at its output."""
-    query, key, value, mask = call[:4]
-    given = {"query": query, "key": key, "value": value, "grad_out": grad_out}
-    fits = _are_floats(*given.values()) and len({x.dtype for x in given.values()}) == 1
-    _expect(fits, "floating-point torch tensors of one type, four axes, none of length 0", **given)
-    (B, H, T_q, D), (_, H_kv, T_k, D_v) = query.shape, value.shape
-    shapes = {"key": (B, H_kv, T_k, D), "value": (B, H_kv, T_k, D_v), "grad_out": (B, H, T_q, D_v)}
-    fits = all(given[name].shape == shape for name, shape in shapes.items())
-    _expect(fits, f"shapes that fit each other, {shapes}", **given)
-    fits = H_kv == H or (call.enable_gqa and H % H_kv == 0)
-    _expect(fits, f"keys for {H} heads, or with enable_gqa for a divisor of it", key=key)
-    fits = mask is None or _is_mask(mask, (B, H, T_q, T_k))
-    pairs = (B, H, T_q, T_k)
-    _expect(fits, f"a mask, boolean or of scores, that broadcasts to {pairs}", attn_mask=mask)
-
-
-def _expect(fits: bool, what: str, **given) -> None:
-    if not fits:
-        kinds = {
-            name: f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            for name, x in given.items()}
-        raise ValueError(f"expected {what}, got " + ", ".join(map(" ".join, kinds.items())))
-
-
-def _are_floats(*maps) -> bool:
-    tensors = [x for x in maps if isinstance(x, Tensor) and x.dim() == 4 and x.numel()]
-    return len(tensors) == len(maps) and all(x.is_floating_point() for x in tensors)
+def _sizes(axes: Mapping[str, str], **given: Tensor) -> dict[str, int]:
+    """Lengths of axes by name; refuse tensors in which a name has two lengths, or none."""
+    sizes: dict[str, int] = {}
+    for name, x in given.items():
+        fits = isinstance(x, Tensor) and x.is_floating_point() and x.dim() == 4
+        fits = fits and all(0 < n == sizes.setdefault(axis, n)
+                            for axis, n in zip(axes[name].split(), x.shape, strict=True))
+        _expect(fits, f"floating-point torch tensors {axes}, no axis of length 0", **given)
+    return sizes
 
 
 def _is_mask(x, shape: tuple[int, ...]) -> bool:
@@ -1261,9 +1082,18 @@ def _is_mask(x, shape: tuple[int, ...]) -> bool:
     return x.dim() <= len(shape) and all(n in (1, m) for n, m in axes)
 
 
+def _expect(fits: bool, what: str, **given) -> None:
+    if not fits:
+        kinds = [f"{name} {x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else
+                 f"{name} {type(x).__name__}" for name, x in given.items()]
+        raise ValueError(f"expected {what}, got {', '.join(kinds)}")
+
+
 # --------------------------------------------------------------------------------------------------
 # 4. Harm and claims: what a rule costs, and whether a sentence says what was computed
 # --------------------------------------------------------------------------------------------------
+
+TOLERABLE, CATASTROPHIC = 0.25, 1.0  # bounds on harm, fixed before the runs
 
 
 class Harm(NamedTuple):
@@ -1275,17 +1105,13 @@ class Harm(NamedTuple):
     verdict: str
 
 
-TOLERABLE, CATASTROPHIC = 0.25, 1.0  # bounds on harm, fixed before the runs
-
-
 def harm(rule: Iterable[float], full: Iterable[float], none: Iterable[float],
          confidence: float = 0.95) -> Harm:
     """``(L_rule - L_full) / (L_none - L_full)`` over paired seeds.
 
-    It is 0 for the exact pass and 1 where Q and K are never trained. rule, full, none: final
-    validation losses, in the same order of seeds (two or more), inf for a run that diverged. The
-    ratio is that of means, its interval Fieller's (1954), which is exact for normal differences.
-    The verdict, in this order:
+    It is 0 for the exact pass and 1 where Q and K are never trained. rule, full, none: final losses
+    of the same seeds (two or more), inf for a run that diverged; else ValueError. The ratio is that
+    of means, its interval Fieller's (1954), exact for normal differences. Verdicts, in this order:
 
     ``undecided``     the interval of ``L_none - L_full`` reaches zero, or one of the two diverged
     ``catastrophic``  a run of the rule diverged, or the lower end of the interval is at least 1
@@ -1294,28 +1120,21 @@ def harm(rule: Iterable[float], full: Iterable[float], none: Iterable[float],
     ``costly``        otherwise
 
     >>> full, none = [2.0, 2.1, 1.9], [3.0, 3.1, 2.9]
-    >>> for losses in ([2.05, 2.1, 2.0], [2.4, 2.6, 2.5], [3.5, 3.6, 3.4], [2.0, 3.1, 2.6]):
-    ...     print(harm(losses, full, none).verdict)
-    tolerable
-    costly
-    catastrophic
-    undetermined
+    >>> harm([2.05, 2.1, 2.0], full, none).verdict, harm([2.4, 2.6, 2.5], full, none).verdict
+    ('tolerable', 'costly')
     """
-    losses = [np.asarray(list(values), dtype=float) for values in (rule, full, none)]
-    rule, full, none = losses
+    rule, full, none = (np.array([*losses], dtype=float) for losses in (rule, full, none))
     n = len(full)
     if not len(rule) == n == len(none) or n < 2:
-        raise ValueError("harm needs the same seeds, two or more, of each: "
-                         f"got {len(rule)}, {n} and {len(none)}")
-    if np.isnan(losses).any():
-        raise ValueError("a loss is NaN: leave a missing seed out of all three, "
-                         "and write inf where a run diverged")
+        raise ValueError(f"the same seeds, two or more, of each: not {len(rule)}, {n}, {len(none)}")
+    if np.isnan([rule, full, none]).any():
+        raise ValueError("a loss is NaN: leave a missing seed out, write inf where a run diverged")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence} is no probability between 0 and 1, like 0.95")
     if not np.isfinite([full, none]).all():
         return Harm(math.nan, math.nan, math.nan, "undecided")
     scale = none - full
-    t = student_t.ppf((1 + confidence) / 2, n - 1)
+    t = stats.t.ppf((1 + confidence) / 2, n - 1)
     if not scale.mean() > t * scale.std(ddof=1) / math.sqrt(n):
         return Harm(math.nan, math.nan, math.nan, "undecided")
     if not np.isfinite(rule).all():
@@ -1338,12 +1157,8 @@ def harm(rule: Iterable[float], full: Iterable[float], none: Iterable[float],
 
 
 def share_interval(solved: int, runs: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's (1927) interval for a share: it keeps its level also near 0 and 1.
-
-    >>> [round(end, 3) for end in share_interval(24, 24)]
-    [0.862, 1.0]
-    """
-    interval = binomtest(solved, runs).proportion_ci(confidence, method="wilson")
+    """Wilson's (1927) interval for a share: it keeps its level also near 0 and 1."""
+    interval = stats.binomtest(solved, runs).proportion_ci(confidence, method="wilson")
     return float(interval.low), float(interval.high)
 
 
@@ -1351,8 +1166,7 @@ def share_interval(solved: int, runs: int, confidence: float = 0.95) -> tuple[fl
 NUMBER = re.compile(
     r"(?<![\w.^/])(?<!\d,)-?(?:[\d.]+\\cdot)?"  # a sign and a factor, not within a word
     r"(?:10\^\{?-?\d+\}?|\d+(?:,\d{3})*(?:\.\d+)?)"  # a power of ten, or digits
-    r"(?![\w/]|\.\d)"
-)
+    r"(?![\w/]|\.\d)")
 
 
 def claim(sentence: str, *values: float | bool, within: float | None = None,
@@ -1360,9 +1174,8 @@ def claim(sentence: str, *values: float | bool, within: float | None = None,
     """Hold a sentence of the text against what was computed; AssertionError says what is not so.
 
     The numbers in ``sentence``, in order, must be the ``values``: to the digits printed, or to
-    ``within`` where trained runs differ from machine to machine. A value that is True or False
-    stands for no number, but for what the words say. With a ``corpus`` that is not Tiny Shakespeare
-    nothing is claimed: give it where the sentence is about that text.
+    ``within`` where trained runs differ from machine to machine. True or False stands for what the
+    words say. With a ``corpus`` that is not Tiny Shakespeare nothing is claimed.
 
     >>> claim("harm stays below 0.25: 0.05 [0.04, 0.06]", 0.25, 0.0512, 0.0433, 0.0589)
     >>> claim("harm is 0.07 on 656 runs", 0.0512, 656)
@@ -1387,10 +1200,8 @@ def claim(sentence: str, *values: float | bool, within: float | None = None,
     hold(truths or values, "nothing given that could support what is said")
     hold(all(truths), "what is said does not hold")
     for number, value in zip(written, values, strict=True):
-        half_digit = 0.5 * 10.0 ** number.as_tuple().exponent
-        reach = half_digit if within is None else within
-        hold(abs(value - float(number)) <= reach * (1 + 1e-9),
-             f"{number:f} should be {value:.6g}")
+        reach = 0.5 * 10.0 ** number.as_tuple().exponent if within is None else within
+        hold(abs(value - float(number)) <= reach * (1 + 1e-9), f"{number:f} should be {value:.6g}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1398,24 +1209,16 @@ def claim(sentence: str, *values: float | bool, within: float | None = None,
 # --------------------------------------------------------------------------------------------------
 
 # Okabe and Ito's colour-blind-safe palette; one colour for one thing on every page
-COLORS = {
-    "bp": "#0072B2", "fa": "#D55E00", "sign_sym": "#009E73", "dfa": "#CC79A7",
-    "full": "#333333", "diag": "#0072B2", "offdiag": "#D55E00", "cross": "#009E73",
-    "ste": "#CC79A7",
-}
+COLORS = {"bp": "#0072B2", "fa": "#D55E00", "sign_sym": "#009E73", "dfa": "#CC79A7",
+          "full": "#333333", "diag": "#0072B2", "offdiag": "#D55E00", "cross": "#009E73",
+          "ste": "#CC79A7"}
 # the softmax's rules in plain words, as a reader meets them
 RULE_NAMES = {
-    "full": "minus the lateral sum: exact",
-    "diagonal": "own error only",
-    "zero": "no baseline",
-    "mean": "minus the plain mean",
-    "diagonal_mean": "own slope, minus the mean",
-    "diagonal_lateral": "own slope, minus the sum",
-    "balanced_evenly": "balanced evenly",
-    "balanced_by_attention": "balanced by attention",
-    "ste": "passed straight through",
-    "none": "nothing sent back",
-}
+    "full": "minus the lateral sum: exact", "diagonal": "own error only", "zero": "no baseline",
+    "mean": "minus the plain mean", "diagonal_mean": "own slope, minus the mean",
+    "diagonal_lateral": "own slope, minus the sum", "balanced_evenly": "balanced evenly",
+    "balanced_by_attention": "balanced by attention", "ste": "passed straight through",
+    "none": "nothing sent back"}
 # energies; signed quantities, centred on zero. Nothing has the page's colour, also a dark page's.
 SEQUENTIAL, DIVERGING = "magma_r", "RdBu_r"
 
@@ -1428,16 +1231,10 @@ def set_style() -> None:
     undated = {"Date": None, "Creator": None}
     inline.print_figure_kwargs = {"bbox_inches": "tight", "metadata": undated}
     inline.figure_formats = {"svg"}
-    sns.set_theme(context="notebook", style="ticks", palette=list(COLORS.values()))
-    plt.rcParams.update({
-        "figure.figsize": (7, 4),
-        "figure.dpi": 100,
-        "figure.constrained_layout.use": True,
-        "axes.titlelocation": "left",
-        "axes.titlesize": "medium",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "legend.frameon": False,
+    sns.set_theme(context="notebook", style="ticks", palette=list(COLORS.values()), rc={
+        "figure.figsize": (7, 4), "figure.dpi": 100, "figure.constrained_layout.use": True,
+        "axes.titlelocation": "left", "axes.titlesize": "medium",
+        "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
         "svg.hashsalt": "report",
         "svg.fonttype": "none",  # text stays text: half the bytes of outlines
         "mathtext.fontset": "stix",  # every machine has a serif face as wide
@@ -1456,11 +1253,7 @@ def printable(text: str) -> list[str]:
 
 
 def head_names(table: pd.DataFrame) -> list[str]:
-    """How figures and tables name the heads in the rows of ``table``, by layer and number in it.
-
-    >>> head_names(pd.DataFrame({"layer": [0, 1], "head": [3, 0]}))
-    ['L0H3', 'L1H0']
-    """
+    """How figures and tables name the heads in the rows of ``table``: L1H0 is in layer 1."""
     return [f"L{layer}H{head}" for layer, head in zip(table["layer"], table["head"], strict=True)]
 
 
@@ -1474,9 +1267,8 @@ def plot_head_map(values: Tensor, text: str | None = None, ax: Axes | None = Non
     ax = ax or plt.gca()
     T = len(values)
     if values.shape != (T, T) or T == 0 or len(text or values) != T:
-        labels = "no text" if text is None else f"a text of {len(text)} characters"
-        raise ValueError("a map is (T, T) and its text has T characters; "
-                         f"here are {tuple(values.shape)} and {labels}")
+        raise ValueError("a map is (T, T) and its text has T characters; here are "
+                         f"{tuple(values.shape)} and {text!r}")
     shown = np.ma.masked_where(~np.tri(T, dtype=bool), values.cpu().numpy())
     ax.imshow(shown, cmap=cmap, norm=norm, interpolation="none")
     if text is None:
@@ -1500,9 +1292,8 @@ def plot_head_intervals(table: pd.DataFrame, colors: Mapping[str, str],
     positions = np.arange(len(table))
     for i, (column, color) in enumerate(colors.items()):
         shift = 0.18 * (i - (len(colors) - 1) / 2)
-        below = table[column] - table[f"{column}_lo"]
-        above = table[f"{column}_hi"] - table[column]
-        ax.errorbar(positions + shift, table[column], yerr=np.clip([below, above], 0, None),
+        mean, low, high = table[column], table[f"{column}_lo"], table[f"{column}_hi"]
+        ax.errorbar(positions + shift, mean, yerr=np.clip([mean - low, high - mean], 0, None),
                     fmt="os^D"[i], markersize=4, linewidth=1.5, color=COLORS[color], label=column)
     ax.set_xticks(positions, head_names(table))
     ax.tick_params(axis="x", labelsize="small")
@@ -1512,8 +1303,7 @@ def plot_head_intervals(table: pd.DataFrame, colors: Mapping[str, str],
 def plot_split(attn: Tensor, grad: Tensor, keys: Iterable[str], ax: Axes | None = None) -> Axes:
     """A row's gradient as a sum, key by key: d from zero, o from where d ends, f = d + o from zero.
 
-    attn, grad: the weights of one query's keys and the errors that arrive at them, (n,) each;
-    keys: n labels.
+    attn, grad: weights of one query's keys and errors that arrive there, (n,) each; keys: n labels.
     """
     ax = ax or plt.gca()
     f, d, o = (part.numpy() for part in split_softmax_gradient(attn, grad))

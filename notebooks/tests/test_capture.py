@@ -17,7 +17,8 @@ from helpers import capture_attention, capture_batch, energy_table, head_energy,
 from model_local import SOFTMAX_BACKWARD, LocalGPT, LocalGPTConfig, attention_weights
 
 B, H, T, D = 2, 4, 6, 8
-ORIGINALS = {name: getattr(F, name) for name in ("softmax", "scaled_dot_product_attention")}
+ORIGINALS = {name: getattr(F, name) for name in (
+    "softmax", "scaled_dot_product_attention", "has_torch_function")}
 X = torch.randn(B, T, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 

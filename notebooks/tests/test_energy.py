@@ -104,7 +104,7 @@ def test_each_part_is_its_own_matrix_times_g_to_its_own_rounding(dtype):
             off = abs(fractions(part) - matrix @ errors)
             u, tiny = Fraction(torch.finfo(dtype).eps), Fraction(torch.finfo(dtype).tiny)
             assert (off <= 2 * n * u * terms @ abs(errors) + tiny).all()
-    with pytest.raises(ValueError, match="must agree"):
+    with pytest.raises(ValueError, match="shapes agree"):
         split_softmax_gradient(torch.full((2, 2), 0.5), torch.ones(2))
 
 
@@ -254,7 +254,7 @@ NO_SUM, NO_MASK = "not weights that sum to 1", "not zero on masked keys"
         (ATTN.tril(-1) + ATTN.triu(), GRAD, {"visible": torch.eye(3).bool()}, NO_MASK),
         (ATTN + BEHIND, GRAD, {}, NO_MASK),
         (ATTN, GRAD, {"visible": torch.ones(3, 3)}, r"boolean .* got visible torch.float32 \(3, 3"),
-        (ATTN, GRAD[:1], {}, r"one shape .* grad torch.float64 \(1, 2, 3, 3\)"),
+        (ATTN, GRAD[:1], {}, r"B H T_q T_k.* grad torch.float64 \(1, 2, 3, 3\)"),
         (ATTN[..., :2], GRAD[..., :2], {}, "map of visible keys"),
         (ATTN.numpy(), GRAD, {}, "torch tensors .* got attn ndarray"),
         (ATTN, GRAD, {"n_boot": 0}, "n_boot=0"),
@@ -417,11 +417,11 @@ X, HALF = torch.zeros(B, H, T, D), torch.zeros(B, H // 2, T, D)
     ("changes", "reason"),
     [
         ({"query": [[1.0]]}, "floating-point torch tensors .* got query list, key torch.float32"),
-        ({"query": X[:, :, :0]}, "none of length 0"),
+        ({"query": X[:, :, :0]}, "no axis of length 0"),
         ({"grad_out": X.double()}, "of one type, .* grad_out torch.float64"),
-        ({"key": X[..., 1:]}, r"'key': \(2, 4, 7, 8\).* key torch.float32 \(2, 4, 7, 7\)"),
-        ({"value": X[:1]}, "shapes that fit each other"),
-        ({"key": HALF, "value": HALF}, "for 4 heads, or with enable_gqa for a divisor"),
+        ({"key": X[..., 1:]}, r"'key': 'B H T_k D'.* key torch.float32 \(2, 4, 7, 7\)"),
+        ({"value": X[:1]}, "torch tensors .*B H T_k D"),
+        ({"key": HALF, "value": HALF}, "'B H T_k D'"),
         ({"attn_mask": X[0, 0, :, :T].long()}, "a mask, .* got attn_mask torch.int64"),
         ({"attn_mask": X[0, 0]}, r"broadcasts to \(2, 4, 7, 7\), .* torch.float32 \(7, 8\)"),
         ({"query": X * math.nan}, NO_SUM),
