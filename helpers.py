@@ -27,14 +27,11 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 from unittest import mock
 
-import matplotlib.pyplot as plt
 import numba
 import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
-from matplotlib.axes import Axes
-from matplotlib.colors import Normalize, SymLogNorm
 from matplotlib_inline.config import InlineBackend
 from scipy import stats
 from torch import Tensor, nn
@@ -174,18 +171,6 @@ def _windows(tokens: np.ndarray, starts: np.ndarray, T: int, device) -> tuple[Te
     return window[:, :-1].contiguous(), window[:, 1:].contiguous()  # nanoGPT's model takes views
 
 
-def ngram_losses(corpus: Corpus) -> dict[str, float]:
-    """Validation cross-entropy in nats of unigram and bigram models (add-one smoothing)."""
-    V = corpus.vocab_size
-    train, val = corpus.train.astype(np.int64), corpus.val.astype(np.int64)
-    unigram = np.bincount(train, minlength=V) + 1.0
-    bigram = np.bincount(train[:-1] * V + train[1:], minlength=V * V).reshape(V, V) + 1.0
-    unigram /= unigram.sum()
-    bigram /= bigram.sum(1, keepdims=True)
-    return {"unigram": float(-np.log(unigram[val]).mean()),
-            "bigram": float(-np.log(bigram[val[:-1], val[1:]]).mean())}
-
-
 # --------------------------------------------------------------------------------------------------
 # 2. Training
 # --------------------------------------------------------------------------------------------------
@@ -246,7 +231,7 @@ def train(config: LocalGPTConfig, steps: int = 500, lr: float = 1e-3, batch_size
     """
     data = load_corpus() if data is None else data
     device = str(torch.device(device))
-    _check_run(config, steps, lr, batch_size, seed, data, eval_every, measure, optimizer)
+    _check_run(config, steps, lr, batch_size, seed, data, eval_every, optimizer)
     saved = path = None
     if directory is not None:
         # all that determines a run: arguments, data, PyTorch and code. What that calls elsewhere is
@@ -258,13 +243,12 @@ def train(config: LocalGPTConfig, steps: int = 500, lr: float = 1e-3, batch_size
                               *map(_source, parts)])
         key = hashlib.sha256(settings.encode()).hexdigest()[:12]
         path = Path(directory) / f"{config.method}-{config.softmax_backward}-{key}.pt"
-        saved = _load_checkpoint(path, settings)
+        saved = _load_checkpoint(path)
     with torch.random.fork_rng(devices=[]):  # whoever calls keeps their own random numbers
         if saved is None:
             saved = _training(config, steps, lr, batch_size, seed, data, eval_every, measure,
                               device, optimizer, progress)
             if path:
-                saved["settings"] = settings
                 save_atomically(path, lambda file: torch.save(saved, file))
         model = LocalGPT(config).to(device)
     model.load_state_dict(saved["model"])
@@ -272,16 +256,14 @@ def train(config: LocalGPTConfig, steps: int = 500, lr: float = 1e-3, batch_size
     return Run(model.eval(), table, saved["snapshots"])
 
 
-def _check_run(config, steps, lr, batch_size, seed, data, eval_every, measure, optimizer) -> None:
+def _check_run(config, steps, lr, batch_size, seed, data, eval_every, optimizer) -> None:
     """Refuse arguments of ``train`` that cannot be."""
     if not isinstance(config, LocalGPTConfig):
         raise TypeError(f"config={config!r} is no LocalGPTConfig: write LocalGPTConfig(...)")
-    for name in ("vocab_size", "sha256", "batch", "score"):
-        if not hasattr(data, name):
-            raise TypeError(f"data={data!r} has no {name}: write data=load_corpus() or a task")
-    for name, function in (("measure", measure), ("optimizer", optimizer)):
-        if not callable(function):
-            raise TypeError(f"{name}={function!r} is no function: write {name}={name}s_function")
+    if not hasattr(data, "vocab_size"):
+        raise TypeError(f"data={data!r} is no corpus: write data=load_corpus() or a task")
+    if not callable(optimizer):
+        raise TypeError(f"optimizer={optimizer!r} is no function: see OPTIMIZERS in data/sweep.py")
     if config.vocab_size != data.vocab_size:
         raise ValueError(f"config.vocab_size={config.vocab_size} and the data have "
                          f"{data.vocab_size}: write vocab_size=data.vocab_size")
@@ -332,12 +314,8 @@ def _training(config, steps, lr, batch_size, seed, data, eval_every, measure, de
         values = {(metric, ""): value for metric, value in (metrics | data.score(model)).items()}
         with torch.random.fork_rng(devices=[]):  # to measure changes nothing
             measured = measure(twin(model).eval(), *probe)
-        try:  # plain numbers, which the safe loader reads
-            for (metric, part), value in measured.items():
-                values[str(metric), str(part)] = float(value)
-        except (AttributeError, TypeError, ValueError) as error:
-            raise TypeError(f"measure returned {measured!r}: a dict of numbers by (metric, part) "
-                            "was expected") from error
+        for (metric, part), value in measured.items():  # plain numbers: the safe loader reads them
+            values[str(metric), str(part)] = float(value)
         history.extend((step, *key, value) for key, value in values.items())
         snapshots[step] = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
 
@@ -397,8 +375,7 @@ def gradients(model: LocalGPT, x: Tensor, y: Tensor) -> dict[str, Tensor | None]
     return dict(zip(parameters, grads, strict=True))
 
 
-def gradient_cosines(model: LocalGPT, reference: LocalGPT, x: Tensor,
-                     y: Tensor) -> dict[str, float]:
+def gradient_cosines(model: LocalGPT, reference: LocalGPT, x: Tensor, y: Tensor) -> dict:
     """Cosine in [-1, 1] of two models' gradients on one batch, by parameter; none of zero is in."""
     mine, theirs = gradients(model, x, y), gradients(reference, x, y)
     cosines = {}
@@ -421,19 +398,17 @@ def save_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         part.unlink(missing_ok=True)
 
 
-def _load_checkpoint(path: Path, settings: str) -> dict | None:
-    """What ``train`` saved under these settings; None, with a warning, if it is damaged."""
+def _load_checkpoint(path: Path) -> dict | None:
+    """A stored run; None where there is none or, with a warning, where it is damaged."""
     try:
         saved = torch.load(path, weights_only=True)  # never unpickles code
-        if saved["settings"] == settings and {"history", "snapshots", "model"} <= set(saved):
-            return saved
-        what = "it belongs to other settings"
+        return {part: saved[part] for part in ("model", "history", "snapshots")}
     except FileNotFoundError:
         return None
     except Exception as error:  # a half-written or corrupted archive can fail in any way
-        what = f"{type(error).__name__}: {error}"
-    warnings.warn(f"{path.name} is damaged ({what}): training again", stacklevel=3)
-    return None
+        why = f"{type(error).__name__}: {error}"
+        warnings.warn(f"{path.name} is damaged ({why}): training again", stacklevel=3)
+        return None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -476,15 +451,12 @@ class CapturedAttention:
 
 
 class _Watched(torch.autograd.Function):
-    """A tensor, unchanged, whose gradient is seen as it passes by: ``arrived(gradient, *seen)``.
-
-    ``seen`` lies in the graph alone, to be freed, offloaded or recomputed with it.
-    """
+    """A tensor, unchanged, whose gradient is seen as it passes by: ``arrived(gradient, *seen)``."""
 
     @staticmethod
     def forward(ctx, x: Tensor, arrived: Callable[..., None], *seen: Tensor | None) -> Tensor:
         ctx.arrived = arrived
-        ctx.save_for_backward(*seen)
+        ctx.save_for_backward(*seen)  # in the graph alone: freed or recomputed with it
         return x.view_as(x)
 
     @staticmethod
@@ -727,8 +699,7 @@ class _Capture(_Softmaxes):
 
 
 @contextmanager
-def capture_attention(model: nn.Module, maps: bool = False,
-                      only: str = "") -> Iterator[list[CapturedAttention]]:
+def capture_attention(model: nn.Module, maps=False, only="") -> Iterator[list[CapturedAttention]]:
     """Record every attention of ``model``, a PyTorch transformer; yields a list that fills.
 
     An attention is a softmax over keys that runs in one of the model's modules, by
@@ -755,8 +726,8 @@ def capture_attention(model: nn.Module, maps: bool = False,
     finally:
         capture.is_open = False
     if not capture.layers:
-        unseen = "none of PyTorch's softmaxes was called on scores (B, H, T_q, T_k)"
-        why = unseen if capture.has_run else "no module was called"
+        why = ("none of PyTorch's softmaxes was called on scores (B, H, T_q, T_k)"
+               if capture.has_run else "no module was called")
         where = f" in a module whose name matches {only!r}" if only else ""
         raise RuntimeError(f"{type(model).__name__}: no attention was seen: {why}{where}. A fused "
                            "kernel that is called directly cannot be: choose the model's eager or "
@@ -1011,8 +982,7 @@ def attention_energy(query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor
     return _energies(_fused_sums(call, grad_out), n_boot, seed)
 
 
-def energy_table(layers: Iterable[CapturedAttention], n_boot: int = 1000,
-                 seed: int = 0) -> pd.DataFrame:
+def energy_table(layers: Iterable[CapturedAttention], n_boot=1000, seed=0) -> pd.DataFrame:
     """``head_energy`` of captured layers and all their passes, one row a (layer, head)."""
     tables = [_energies(layer.sums, n_boot, seed) for layer in layers]
     if not tables:
@@ -1030,8 +1000,7 @@ def _energies(sums: Tensor, n_boot: int, seed: int) -> pd.DataFrame:
     columns = np.moveaxis(sums.numpy(), -1, 0)  # (B, H) each
     ff, dd, df, ee, gg, gf, entropy, attn_max, several, rows, pairs, noise = columns
 
-    # a sequence that rounding decides leaves the mean cosine undefined: one of the others would be
-    # that of a selection
+    # where rounding decides one sequence, a mean over the others would be that of a selection
     known = ff > noise / ROUNDING**2
     known &= ~((gg > 0) & ~known).any(0)
     energies = {"r_diag": dd, "r_offdiag": ff - 2 * df + dd, "r_cross": 2 * (df - dd),
@@ -1129,8 +1098,6 @@ def harm(rule: Iterable[float], full: Iterable[float], none: Iterable[float],
         raise ValueError(f"the same seeds, two or more, of each: not {len(rule)}, {n}, {len(none)}")
     if np.isnan([rule, full, none]).any():
         raise ValueError("a loss is NaN: leave a missing seed out, write inf where a run diverged")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence={confidence} is no probability between 0 and 1, like 0.95")
     if not np.isfinite([full, none]).all():
         return Harm(math.nan, math.nan, math.nan, "undecided")
     scale = none - full
@@ -1205,20 +1172,13 @@ def claim(sentence: str, *values: float | bool, within: float | None = None,
 
 
 # --------------------------------------------------------------------------------------------------
-# 5. Figures
+# 5. Figures: their colours and look; those of heads are drawn by notebooks/figures.py
 # --------------------------------------------------------------------------------------------------
 
 # Okabe and Ito's colour-blind-safe palette; one colour for one thing on every page
 COLORS = {"bp": "#0072B2", "fa": "#D55E00", "sign_sym": "#009E73", "dfa": "#CC79A7",
           "full": "#333333", "diag": "#0072B2", "offdiag": "#D55E00", "cross": "#009E73",
           "ste": "#CC79A7"}
-# the softmax's rules in plain words, as a reader meets them
-RULE_NAMES = {
-    "full": "minus the lateral sum: exact", "diagonal": "own error only", "zero": "no baseline",
-    "mean": "minus the plain mean", "diagonal_mean": "own slope, minus the mean",
-    "diagonal_lateral": "own slope, minus the sum", "balanced_evenly": "balanced evenly",
-    "balanced_by_attention": "balanced by attention", "ste": "passed straight through",
-    "none": "nothing sent back"}
 # energies; signed quantities, centred on zero. Nothing has the page's colour, also a dark page's.
 SEQUENTIAL, DIVERGING = "magma_r", "RdBu_r"
 
@@ -1226,100 +1186,15 @@ SEQUENTIAL, DIVERGING = "magma_r", "RdBu_r"
 def set_style() -> None:
     """The look of every figure and table in the report; called once a notebook."""
     pd.set_option("display.max_rows", None, "display.max_columns", None)
-    # Without a date and with a fixed salt, the same figure is the same bytes.
     inline = InlineBackend.instance()
+    inline.figure_formats = {"svg"}
+    # Without a date and with a fixed salt, the same figure is the same bytes.
     undated = {"Date": None, "Creator": None}
     inline.print_figure_kwargs = {"bbox_inches": "tight", "metadata": undated}
-    inline.figure_formats = {"svg"}
     sns.set_theme(context="notebook", style="ticks", palette=list(COLORS.values()), rc={
         "figure.figsize": (7, 4), "figure.dpi": 100, "figure.constrained_layout.use": True,
         "axes.titlelocation": "left", "axes.titlesize": "medium",
         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-        "svg.hashsalt": "report",
-        "svg.fonttype": "none",  # text stays text: half the bytes of outlines
+        "svg.hashsalt": "report", "svg.fonttype": "none",  # text stays text: half the bytes
         "mathtext.fontset": "stix",  # every machine has a serif face as wide
     })
-
-
-def printable(text: str) -> list[str]:
-    """The characters of ``text`` as labels: space and newline visible, what has no shape escaped.
-
-    >>> printable("a b\\n\\0\\u200b")
-    ['a', '␣', 'b', '⏎', '\\\\x00', '\\\\u200b']
-    """
-    shapes = {" ": "␣", "\n": "⏎"}
-    return [shapes.get(c, c if c.isprintable() else c.encode("unicode_escape").decode())
-            for c in text]
-
-
-def head_names(table: pd.DataFrame) -> list[str]:
-    """How figures and tables name the heads in the rows of ``table``: L1H0 is in layer 1."""
-    return [f"L{layer}H{head}" for layer, head in zip(table["layer"], table["head"], strict=True)]
-
-
-def plot_head_map(values: Tensor, text: str | None = None, ax: Axes | None = None,
-                  norm: Normalize | None = None, cmap: str = SEQUENTIAL) -> Axes:
-    """One (query, key) map (T, T), queries down, keys across; what a query may not see stays blank.
-
-    ``text`` (T characters) labels both axes; without it they count positions. Raises ValueError on
-    other shapes.
-    """
-    ax = ax or plt.gca()
-    T = len(values)
-    if values.shape != (T, T) or T == 0 or len(text or values) != T:
-        raise ValueError("a map is (T, T) and its text has T characters; here are "
-                         f"{tuple(values.shape)} and {text!r}")
-    shown = np.ma.masked_where(~np.tri(T, dtype=bool), values.cpu().numpy())
-    ax.imshow(shown, cmap=cmap, norm=norm, interpolation="none")
-    if text is None:
-        ticks, labels = range(0, T, max(1, T // 4)), None
-    else:
-        ticks, labels = range(T), printable(text)
-        ax.tick_params(labelsize=9, length=0)
-        ax.set(xlabel="key", ylabel="query")
-    ax.set_xticks(ticks, labels)
-    ax.set_yticks(ticks, labels)
-    return ax
-
-
-def plot_head_intervals(table: pd.DataFrame, colors: Mapping[str, str],
-                        ax: Axes | None = None) -> Axes:
-    """A point with its 95 % interval for every head, the heads side by side.
-
-    table: as ``energy_table`` makes it; colors: columns to draw, each with its key in ``COLORS``.
-    """
-    ax = ax or plt.gca()
-    positions = np.arange(len(table))
-    for i, (column, color) in enumerate(colors.items()):
-        shift = 0.18 * (i - (len(colors) - 1) / 2)
-        mean, low, high = table[column], table[f"{column}_lo"], table[f"{column}_hi"]
-        ax.errorbar(positions + shift, mean, yerr=np.clip([mean - low, high - mean], 0, None),
-                    fmt="os^D"[i], markersize=4, linewidth=1.5, color=COLORS[color], label=column)
-    ax.set_xticks(positions, head_names(table))
-    ax.tick_params(axis="x", labelsize="small")
-    return ax
-
-
-def plot_split(attn: Tensor, grad: Tensor, keys: Iterable[str], ax: Axes | None = None) -> Axes:
-    """A row's gradient as a sum, key by key: d from zero, o from where d ends, f = d + o from zero.
-
-    attn, grad: weights of one query's keys and errors that arrive there, (n,) each; keys: n labels.
-    """
-    ax = ax or plt.gca()
-    f, d, o = (part.numpy() for part in split_softmax_gradient(attn, grad))
-    positions = np.arange(len(f))
-    ax.bar(positions - 0.27, d, 0.25, color=COLORS["diag"], label="d")
-    ax.bar(positions, o, 0.25, bottom=d, color=COLORS["offdiag"], label="o")
-    ax.bar(positions + 0.27, f, 0.25, color=COLORS["full"], label="f")
-    ax.use_sticky_edges = False  # else no room is left where bars end
-    ax.axhline(0, color="0.7", linewidth=0.8)
-    ax.set_xticks(positions, keys)
-    ax.set(xlabel="key", ylabel="gradient at the score")
-    ax.legend(ncols=3)
-    return ax
-
-
-def signed_scale(maps: Tensor, linear: float = 0.01) -> SymLogNorm:
-    """A scale for signed values, centred on zero: logarithmic beyond ``linear`` of the largest."""
-    high = torch.where(maps.isfinite(), maps.abs(), 0).max().item() or 1.0  # zeros have one, too
-    return SymLogNorm(linear * high, vmin=-high, vmax=high)

@@ -22,7 +22,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import helpers
-from helpers import NUMBER, ROOT, claim, plot_head_intervals, plot_head_map, printable, signed_scale
+from figures import plot_head_intervals, plot_head_map, printable, signed_scale
+from helpers import NUMBER, ROOT, claim
 
 FOLDER = ROOT / "notebooks"
 NAMES = sorted(path.stem for path in FOLDER.glob("[0-9i]*.ipynb"))  # not what a reader left there
