@@ -1,7 +1,7 @@
 """The experiment: what is learnt and measured, the table of runs, how rules are judged by it.
 
-In this order: tasks, symptoms, the table ``data/runs.csv``, the verdict, its table and figure. Rows
-are made by ``data/sweep.py``; rules that only probe are in ``data/probes.py``.
+In this order: tasks, symptoms, the table ``data/runs.csv``, the verdict with its table and figure.
+Rows are made by ``data/sweep.py``; rules that only probe are in ``data/probes.py``.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import dataclasses
 import hashlib
 import itertools
 import math
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from helpers import (CATASTROPHIC, COLORS, DATA, TOLERABLE, Harm, capture_batch, gradient_cosines,
-                     harm, share_interval, twin)
+from helpers import (CATASTROPHIC, COLORS, DATA, TOLERABLE, CapturedAttention, Harm, capture_batch,
+                     gradient_cosines, harm, share_interval, twin)
 from model_local import LocalGPT, LocalGPTConfig, full
 
 # --------------------------------------------------------------------------------------------------
@@ -149,72 +149,67 @@ SYMPTOMS = [*SENT, "common_mode", "q_norm", "k_norm", "entropy", "score_max"]
 def symptoms(model: LocalGPT, x: Tensor, y: Tensor) -> dict[tuple[str, str], float]:
     """What could make a rule fail, as means over layers, heads and sequences; for ``train``.
 
-    ============================ =================================================================
-    ``cos_scores, cos_q, cos_k`` cosine in [-1, 1] of what the rule sends with the exact pass, at
-                                 the scores and at the gradients of W_q and W_k (missing where
-                                 nothing is sent)
-    ``row_sum``                  of what a query's keys receive: |sum| over sum of sizes, in [0, 1]
-    ``radial_q, radial_k``       the same of its products with the scores, over a query's keys and
-                                 a key's queries: what makes queries and keys longer
-    ``common_mode``              root mean square of a query's mean score, unseen by the softmax
-    ``q_norm, k_norm``           root mean square of the entries of Q and K, before any norm
-    ``entropy``                  of a row, over the log of its number of keys, in [0, 1]
-    ``score_max``                a row's largest score before any cap, less the row's mean
-    ============================ =================================================================
+    ``cos_scores, cos_q, cos_k``: cosine in [-1, 1] of what the rule sends with the exact pass, at
+    the scores and at the gradients of W_q and W_k (missing where nothing is sent).
+    ``row_sum``: of what a query's keys receive, |sum| over sum of sizes, in [0, 1].
+    ``radial_q, radial_k``: the same of its products with the scores, over a query's keys and a
+    key's queries: what makes queries and keys longer.
+    ``common_mode``: root mean square of a query's mean score, unseen by the softmax.
+    ``q_norm, k_norm``: root mean square of the entries of Q and K, before any norm.
+    ``entropy``: of a row, over the log of its number of keys, in [0, 1].
+    ``score_max``: a row's largest score before any cap, less the row's mean.
     """
-    values: dict[str, list[float]] = {name: [] for name in SYMPTOMS}
-    raw_scores: list[Tensor] = []
-
     # Queries and keys before any norm, and scores before any cap, are seen by hooks.
+    seen = {"q_proj": [], "k_proj": [], "score_cap": []}
     with contextlib.ExitStack() as hooks:
-        for attn in (block.attn for block in model.blocks):
-            for name, module in (("q_norm", attn.q_proj), ("k_norm", attn.k_proj)):
-                def keep(module, inputs, output, squares=values[name]):
-                    squares.append(output.detach().square().mean().item())
-                hooks.enter_context(module.register_forward_hook(keep))
-            if attn.score_cap is not None:
-                hooks.enter_context(attn.score_cap.register_forward_pre_hook(
-                    lambda module, inputs: raw_scores.append(inputs[0].detach())))
+        for name, module in model.named_modules():
+            if (part := name.rpartition(".")[2]) in seen:
+                hooks.enter_context(module.register_forward_hook(
+                    lambda module, inputs, output, passes=seen[part]: passes.append(
+                        (inputs[0].detach(), output.detach()))))
         layers = capture_batch(model, x, y)
-    for name in ("q_norm", "k_norm"):
-        values[name] = [math.sqrt(np.mean(values[name]))]
-
-    for number, layer in enumerate(layers):
-        visible = layer.scores[0, 0].isfinite()
-        n_visible = visible.sum(-1)
-        # What the scores are like. The first query sees one key, and carries nothing.
-        scores = layer.scores.masked_fill(~visible, 0)
-        mean_score = scores.sum(-1) / n_visible
-        entropy = torch.special.entr(layer.attn).sum(-1)[..., 1:] / n_visible[1:].log()
-        raw = raw_scores[number].view_as(scores) if raw_scores else scores
-        largest = raw.masked_fill(~visible, -math.inf).amax(-1)
-        above = largest - raw.masked_fill(~visible, 0).sum(-1) / n_visible
-        values["common_mode"].append(mean_score.square().mean().sqrt().item())
-        values["entropy"].append(entropy.mean().item())
-        values["score_max"].append(above[..., 1:].mean().item())
-
-        # What the rule sends, beside what the exact pass would.
-        sent = model.get_submodule(layer.name).send_back(layer.attn, layer.grad, visible)
-        if sent is None:
-            continue
-        softmax = model.config.attn_mode == "softmax"
-        exact = full(layer.attn, layer.grad, visible) if softmax else sent
-        maps = sent.double().flatten(2), exact.double().flatten(2)
-        cosine = F.cosine_similarity(*maps, dim=-1, eps=0)
-        values["cos_scores"].append(cosine.nanmean().item())
-        radial = sent * scores
-        sums = ("row_sum", sent, -1), ("radial_q", radial, -1), ("radial_k", radial, -2)
-        for name, part, dim in sums:
-            values[name].append((part.sum(dim).abs().sum() / part.abs().sum()).item())
+    raw = [before for before, _ in seen["score_cap"]] or [layer.scores for layer in layers]
+    parts = [_layer_symptoms(model, *part) for part in zip(layers, raw, strict=True)]
+    found = {name: np.mean([part[name] for part in parts]) for name in parts[0]}
 
     # At the weights: beside a model whose softmax, norms and caps have their exact pass.
-    exact_config = dataclasses.replace(model.config.exact, method=model.config.method)
-    exact_model = twin(model, **dataclasses.asdict(exact_config))
-    cosines = gradient_cosines(model, exact_model, x, y)
+    exact = dataclasses.asdict(model.config.exact) | {"method": model.config.method}
+    cosines = gradient_cosines(model, twin(model, **exact), x, y)
     for name in "qk":
-        weight = f"{name}_proj.weight"
-        values[f"cos_{name}"] = [cosines[part] for part in cosines if part.endswith(weight)]
-    return {(metric, ""): float(np.mean(found)) for metric, found in values.items() if found}
+        squares = [output.square().mean().item() for _, output in seen[f"{name}_proj"]]
+        found[f"{name}_norm"] = math.sqrt(np.mean(squares))
+        sent = [cosines[part] for part in cosines if part.endswith(f"{name}_proj.weight")]
+        if sent:
+            found[f"cos_{name}"] = np.mean(sent)
+    return {(metric, ""): float(found[metric]) for metric in SYMPTOMS if metric in found}
+
+
+def _layer_symptoms(model: LocalGPT, layer: CapturedAttention, raw: Tensor) -> dict[str, float]:
+    """Those of one layer's scores, ``raw`` before any cap, and of what its rule sends back."""
+    visible = layer.scores[0, 0].isfinite()
+    n_visible = visible.sum(-1)
+    # What the scores are like. The first query sees one key, and carries nothing.
+    scores, raw = layer.scores.masked_fill(~visible, 0), raw.view_as(layer.scores)
+    mean_score = scores.sum(-1) / n_visible
+    entropy = torch.special.entr(layer.attn).sum(-1)[..., 1:] / n_visible[1:].log()
+    largest = raw.masked_fill(~visible, -math.inf).amax(-1)
+    above = largest - raw.masked_fill(~visible, 0).sum(-1) / n_visible
+    found = {"common_mode": mean_score.square().mean().sqrt().item(),
+             "entropy": entropy.mean().item(), "score_max": above[..., 1:].mean().item()}
+
+    # What the rule sends, beside what the exact pass would.
+    sent = model.get_submodule(layer.name).send_back(layer.attn, layer.grad, visible)
+    if sent is None:
+        return found
+    softmax = model.config.attn_mode == "softmax"
+    exact = full(layer.attn, layer.grad, visible) if softmax else sent
+    maps = sent.double().flatten(2), exact.double().flatten(2)
+    found["cos_scores"] = F.cosine_similarity(*maps, dim=-1, eps=0).nanmean().item()
+    radial = sent * scores
+    sums = ("row_sum", sent, -1), ("radial_q", radial, -1), ("radial_k", radial, -2)
+    for name, part, dim in sums:
+        found[name] = (part.sum(dim).abs().sum() / part.abs().sum()).item()
+    return found
 
 
 # --------------------------------------------------------------------------------------------------
@@ -273,7 +268,6 @@ def load_runs(experiment: int | None = EXPERIMENT, path: Path = RUNS) -> pd.Data
 
 def check_runs(runs: pd.DataFrame) -> pd.DataFrame:
     """The table as it is; ValueError names a run that cannot be as the table says."""
-
     loss, failed = runs["val_loss"], runs["status"].str.startswith("failed")
     ok, diverged = runs["status"] == "ok", runs["status"] == "diverged"
     fits = (ok & np.isfinite(loss)) | (diverged & np.isposinf(loss)) | (failed & loss.isna())
@@ -315,40 +309,27 @@ def runs_without_norms() -> pd.DataFrame:
 # --------------------------------------------------------------------------------------------------
 
 
-class Settings(NamedTuple):
-    """What tuning chooses, and the mean validation loss it had there."""
+def best_settings(tuning: pd.DataFrame) -> tuple[float, float]:
+    """Feedback scale and rate by which most runs solved their task, then of the lowest mean loss.
 
-    feedback_scale: float
-    lr: float
-    loss: float
+    A diverged run has the loss inf; with a NaN (it failed) nothing can be chosen, and both are NaN.
+    Without accuracies (NaN) none is solved, and the loss decides alone.
 
-
-def best_settings(tuning: pd.DataFrame) -> Settings:
-    """Feedback scale and rate by which most runs solved their task, then those of the lowest loss.
-
-    A run that diverged has the loss inf; where one is missing (NaN: it failed), nothing can be
-    chosen, and all is NaN. Where runs have no accuracy none is solved, and the loss decides alone.
-
-    >>> losses = [2.1, 2.3, 2.0, math.inf]
-    >>> tuning = pd.DataFrame({"feedback_scale": 1.0, "lr": [1e-3, 1e-3, 3e-3, 3e-3]})
-    >>> best_settings(tuning.assign(val_loss=losses))
-    Settings(feedback_scale=1.0, lr=0.001, loss=2.2)
+    >>> tuning = {"feedback_scale": 1.0, "lr": [1e-3, 1e-3, 3e-3, 3e-3], "accuracy": math.nan}
+    >>> best_settings(pd.DataFrame(tuning | {"val_loss": [2.1, 2.3, 2.0, math.inf]}))
+    (1.0, 0.001)
     """
-    solved = tuning["accuracy"] >= SOLVED if "accuracy" in tuning else False
-    settings = tuning.assign(solved=solved).groupby(["feedback_scale", "lr"])
-    choice = settings["solved"].mean().to_frame()
-    choice["loss"] = settings["val_loss"].mean(skipna=False)
+    runs = tuning.assign(solved=tuning["accuracy"] >= SOLVED).groupby(["feedback_scale", "lr"])
+    choice = pd.DataFrame({"solved": runs["solved"].mean(),
+                           "loss": runs["val_loss"].mean(skipna=False)})
     if choice.empty or choice["loss"].isna().any():
-        return Settings(math.nan, math.nan, math.nan)
-    best = choice.sort_values(["solved", "loss"], ascending=[False, True]).iloc[0]
-    return Settings(*map(float, best.name), float(best["loss"]))
+        return math.nan, math.nan
+    best = choice.sort_values(["solved", "loss"], ascending=[False, True]).index[0]
+    return float(best[0]), float(best[1])
 
 
 def shared_control(qk_norm: str) -> str:
-    """The norm whose ``none`` is also that of ``qk_norm``.
-
-    Where no gradient arrives at Q and K it makes no difference what would become of it there.
-    """
+    """The norm that shares its ``none``: no gradient at Q and K, so none to change on its way."""
     return LocalGPTConfig(qk_norm=qk_norm).exact.qk_norm
 
 
@@ -372,12 +353,14 @@ class Judged(NamedTuple):
             return None
         return [losses[name] for name in losses]
 
-    @property
-    def solved(self) -> tuple[int, int, int, int]:
-        """Runs that solved their task and runs: of the rule, then of ``full``."""
-        solved = int((self.runs["accuracy"] >= SOLVED).sum())
-        full_solved = int((self.full["accuracy"] >= SOLVED).sum())
-        return solved, len(self.runs), full_solved, len(self.full)
+    def solved(self) -> tuple[int, int, int, int] | None:
+        """Runs that solved their task and runs: of the rule, then of ``full``; None if any lack."""
+        counts = []
+        for part in (self.runs, self.full):
+            if part.empty or part["val_loss"].isna().any():
+                return None
+            counts += [int((part["accuracy"] >= SOLVED).sum()), len(part)]
+        return tuple(counts)
 
 
 FULL, NONE = (("full", "", 1.0, 0), ("none", "", 1.0, 0))  # as RULE names them
@@ -386,9 +369,8 @@ FULL, NONE = (("full", "", 1.0, 0), ("none", "", 1.0, 0))  # as RULE names them
 def judged(runs: pd.DataFrame, at: str = "own") -> Iterator[Judged]:
     """Every rule of every ``GROUP`` by its test runs, at the learning rate that tuning chose.
 
-    ``at`` says whose rate is used: the rule, ``full`` and ``none`` each at their ``own``, all three
-    at that of ``full``, or all three at that of the ``rule``. The feedback scale is everywhere that
-    which ``full`` chose.
+    ``at`` says whose rate rule, ``full`` and ``none`` are at: each its ``own``, or all at that of
+    ``full`` or of the ``rule``. The feedback scale is everywhere that which ``full`` chose.
     """
     if at not in ("own", "full", "rule"):
         raise ValueError(f"at={at!r} is not whose learning rate is used: "
@@ -404,14 +386,14 @@ def judged(runs: pd.DataFrame, at: str = "own") -> Iterator[Judged]:
         tuning, tests = part[part["seed"].isin(TUNING_SEEDS)], part[part["seed"].isin(TEST_SEEDS)]
 
         # The feedback scale is the choice of the exact pass, the rate that of each rule.
-        scale = best_settings(tuning[tuning["rule"] == "full"]).feedback_scale
+        scale, _ = best_settings(tuning[tuning["rule"] == "full"])
         if not math.isnan(scale):
             tuning = tuning[tuning["feedback_scale"] == scale]
         rules = pd.concat([tuning, tests])[RULE].drop_duplicates()
         tests = tests[tests["feedback_scale"] == scale]
         tried = dict(iter(tuning.groupby(RULE, sort=False)))
         tested = dict(iter(tests.groupby([*RULE, "lr"], sort=False)))
-        best = {rule: best_settings(tried[rule]).lr for rule in tried}
+        best = {rule: best_settings(tried[rule])[1] for rule in tried}
 
         for rule in rules.itertuples(index=False, name=None):
             compared = rule, FULL, NONE
@@ -419,17 +401,16 @@ def judged(runs: pd.DataFrame, at: str = "own") -> Iterator[Judged]:
             rates = [best.get(name, math.nan) for name in at_rate_of]
             found = [tested.get((*name, lr), tests.iloc[:0]).set_index("seed").sort_index()
                      for name, lr in zip(compared, rates, strict=True)]
-            lrs = tried[rule]["lr"] if rule in tried else tuning["lr"].iloc[:0]
+            lrs = tried.get(rule, tuning.iloc[:0])["lr"]
             yield Judged(group, rule, scale, rates[0], lrs, *found)
 
 
 def harm_table(runs: pd.DataFrame, at: str = "own") -> pd.DataFrame:
     """One row a rule within its ``GROUP``: seeds, rate, loss, harm, verdict, see ``judged``.
 
-    Losses and symptoms are means over the rule's test seeds (``loss_sd``: standard deviation),
-    ``solved`` is how many of them solved the task; harm comes with its interval, over the seeds
-    that ``full`` and ``none`` have too. The verdict is ``missing`` where there are no two such
-    seeds, or a run failed.
+    Losses and symptoms are means over the rule's test seeds, of which ``solved`` solved the task;
+    harm comes with its interval, over the seeds that ``full`` and ``none`` have too. The verdict is
+    ``missing`` where there are no two such seeds, or a run failed.
     """
     rows = []
     for case in judged(runs, at):
@@ -444,7 +425,8 @@ def harm_table(runs: pd.DataFrame, at: str = "own") -> pd.DataFrame:
         row["lr_at_end"] = case.lr in (low, high)
         loss = case.runs["val_loss"]
         with np.errstate(invalid="ignore"):  # a diverged run's loss is inf, and has no deviation
-            row |= {"loss": loss.mean(), "loss_sd": loss.std(), "solved": case.solved[0]}
+            row |= {"loss": loss.mean(), "loss_sd": loss.std()}
+        row["solved"] = int((case.runs["accuracy"] >= SOLVED).sum())
         rows.append(row | result._asdict() | case.runs[["accuracy", *SYMPTOMS]].mean().to_dict())
     return pd.DataFrame(rows)
 
@@ -473,21 +455,24 @@ def share_difference(solved: int, runs: int, other_solved: int, other_runs: int,
     return low, p - q + math.hypot(p_high - p, q - q_low)
 
 
-def mended(solved: tuple[int, int, int, int], losses: list | None, level: float) -> str:
+def mended(solved: tuple[int, int, int, int] | None, losses: Sequence[pd.Series] | None,
+           level: float) -> str:
     """By the protocol of notebook 08, at one error level: mended, not mended, or undetermined.
 
     Mended: the interval of the share of recall solved lies above ``MOST``, that of its difference
     from the share of ``full`` above ``BEHIND``, and that of the harm on text ends at or below
-    ``TOLERABLE``. Not mended: one of the three lies wholly on the other side; as one way is enough,
-    each has a third of the level.
+    ``TOLERABLE`` (``losses`` empty: leave it out). Not mended: one of the three lies wholly on the
+    other side; as one way is enough, each has a third of the level. Missing: without runs (None).
     """
+    if solved is None or losses is None:
+        return "missing"
     for verdict, error in (("mended", level), ("not mended", level / 3)):
         share = share_interval(*solved[:2], 1 - error)
         behind = share_difference(*solved, 1 - error)
-        cost = harm(*losses, 1 - error) if losses else None
         holds = [share[0] >= MOST, behind[0] >= BEHIND]
         fails = [share[1] < MOST, behind[1] < BEHIND]
-        if cost:
+        if losses:
+            cost = harm(*losses, 1 - error)
             holds.append(cost.high <= TOLERABLE)
             fails.append(cost.low > TOLERABLE)
         if all(holds) if verdict == "mended" else any(fails):
@@ -498,57 +483,39 @@ def mended(solved: tuple[int, int, int, int], losses: list | None, level: float)
 def mending(runs: pd.DataFrame, rules: Iterable[str] = ("diagonal", "zero")) -> pd.DataFrame:
     """Which of two ``rules`` a setting mends, at the rate of ``full``; one row a rule and setting.
 
-    ``recall`` is the verdict without the harm on Shakespeare, ``both`` with it, ``missing`` where
-    runs are. Verdicts hold for both rules together at the level 0.05, by Holm's (1979) method: one
-    that holds at half of it lets the other have all of it.
+    ``recall`` is the verdict without the harm on Shakespeare, ``both`` with it. Verdicts hold for
+    both rules together at the level 0.05, by Holm's (1979) method.
     """
-    # The cases by setting, rule and task: of the protocol's length, and no probes.
+    # What there is by setting and rule: runs of the protocol's length, and no probes.
     setting = [name for name in GROUP if name not in ("task", "steps")]
-    cases: dict[tuple, dict[str, dict[str, Judged]]] = {}
+    known = defaultdict(lambda: defaultdict(lambda: {"recall": None, "shakespeare": None}))
     for case in judged(runs, at="full"):
-        rule, *probe = case.rule
-        task = case.group["task"]
+        task, (rule, *probe) = case.group["task"], case.rule
         if rule in rules and probe == [*FULL[1:]] and case.group["steps"] == TASKS[task].steps:
-            key = tuple(case.group[name] for name in setting)
-            cases.setdefault(key, {}).setdefault(rule, {})[task] = case
+            found = known[tuple(case.group[name] for name in setting)][rule]
+            found[task] = case.losses() if task == "shakespeare" else case.solved()
 
     rows = []
-    for key, by_rule in cases.items():
-        known = {rule: _evidence(tasks) for rule, tasks in by_rule.items()}
-        first = {(rule, scope): mended(*evidence, 0.05 / len(by_rule))
-                 for rule, found in known.items() for scope, evidence in found.items()}
-        for rule, found in known.items():
-            row = dict(zip([*setting, "rule"], (*key, rule), strict=True))
-            if found:
-                row |= zip(["solved", "seeds", "full_solved", "full_seeds"], found["recall"][0],
-                           strict=True)
-                row["low"], row["high"] = share_interval(*found["recall"][0][:2])
-                row["behind_low"], row["behind_high"] = share_difference(*found["recall"][0])
-            for scope in ("recall", "both"):
-                row[scope] = first.get((rule, scope), "missing")
-                others = {first.get((other, scope)) for other in by_rule if other != rule}
-                if row[scope] == "undetermined" and others & {"mended", "not mended"}:
-                    row[scope] = mended(*found[scope], 0.05)
-            rows.append(row)
+    for key, by_rule in known.items():
+        family = []
+        for rule, found in by_rule.items():
+            row = dict(zip([*setting, "rule"], [*key, rule], strict=True))
+            if solved := found["recall"]:
+                row |= zip(["solved", "seeds", "full_solved", "full_seeds"], solved, strict=True)
+                row["low"], row["high"] = share_interval(*solved[:2])
+                row["behind_low"], row["behind_high"] = share_difference(*solved)
+            family.append(row)
+        # By Holm: all at half of the level, and if one of the verdicts holds there, all at all.
+        for scope in ("recall", "both"):
+            for level in (0.05 / len(family), 0.05):
+                for row, found in zip(family, by_rule.values(), strict=True):
+                    losses = found["shakespeare"] if scope == "both" else ()
+                    row[scope] = mended(found["recall"], losses, level)
+                if not {"mended", "not mended"} & {row[scope] for row in family}:
+                    break
+        rows += family
     return pd.DataFrame(rows)
 
-
-def _evidence(tasks: dict[str, Judged]) -> dict[str, tuple]:
-    """What ``mended`` asks for, on recall and on both tasks, as far as there are runs."""
-    recall, text = tasks.get("recall"), tasks.get("shakespeare")
-    if recall is None or recall.runs.empty or recall.full.empty:
-        return {}
-    if pd.concat([recall.runs, recall.full])["val_loss"].isna().any():
-        return {}
-    evidence = {"recall": (recall.solved, None)}
-    if text is not None and (losses := text.losses()):
-        evidence["both"] = recall.solved, losses
-    return evidence
-
-
-# --------------------------------------------------------------------------------------------------
-# Its table and figure
-# --------------------------------------------------------------------------------------------------
 
 VERDICT_COLORS = {"tolerable": COLORS["sign_sym"], "costly": "#9A6700",
                   "catastrophic": COLORS["offdiag"], "undetermined": "#777777"}
@@ -573,22 +540,22 @@ def verdict_table(table: pd.DataFrame, digits: int = 3) -> str:
 def plot_harm(table: pd.DataFrame) -> np.ndarray:
     """Harm of every rule (rows of ``harm_table``) with its interval and the verdict's two bounds.
 
-    A panel a group, one below the other, in a figure of their own, and an array of their axes;
-    groups and rules without a verdict are left out. Raises ValueError where that leaves none.
+    A panel a group that has verdicts, one below the other, in a figure of their own; returns their
+    axes as an array. Raises ValueError where there is none.
     """
     shown = table[~table["rule"].isin(["full", "none"]) & table["harm"].notna()]
     if shown.empty:
         raise ValueError("no rule in this table has a harm to draw: it needs test runs of a rule, "
                          "of full and of none")
-    groups = list(shown.groupby(GROUP, sort=False))
-    heights = [len(part) + 1.2 for _, part in groups]
+    groups = dict(iter(shown.groupby(GROUP, sort=False)))
+    heights = [len(part) + 1.2 for part in groups.values()]
     _, axes = plt.subplots(len(groups), 1, figsize=(9, 0.27 * sum(heights) + 0.8), sharex=True,
                            squeeze=False, height_ratios=heights)
     axes = axes[:, 0]
     # not by colour alone
     markers = {"tolerable": "o", "costly": "s", "catastrophic": "X", "undetermined": "D"}
     words = {"fontsize": "small", "va": "center", "textcoords": "offset points"}
-    for ax, (values, part) in zip(axes, groups, strict=True):
+    for ax, (values, part) in zip(axes, groups.items(), strict=True):
         part = part.sort_values("harm", ascending=False)
         for position, row in enumerate(part.itertuples()):
             color = VERDICT_COLORS[row.verdict]
@@ -607,8 +574,7 @@ def plot_harm(table: pd.DataFrame) -> np.ndarray:
         ax.axvline(0, color="0.8", linewidth=1, zorder=0)
         ax.set_yticks(range(len(part)), part["rule"])
         ax.set_ylim(-0.6, len(part) - 0.4)
-        title = group_title(dict(zip(GROUP, values, strict=True)))
-        ax.set_title(title, fontsize="small")
+        ax.set_title(group_title(dict(zip(GROUP, values, strict=True))), fontsize="small")
         ax.margins(x=0.2)  # for the words
     axes[-1].set_xlabel("harm (0: full, 1: Q and K never trained)")
     return axes
@@ -616,8 +582,6 @@ def plot_harm(table: pd.DataFrame) -> np.ndarray:
 
 def group_title(group: dict[str, object]) -> str:
     """What is said of a group over its panel: task and method, then what is not as usual."""
-    words = [group["task"], group["method"]]
-    for name in GROUP:
-        if name in USUAL and name != "method" and group[name] != USUAL[name]:
-            words.append(f"{name} {group[name]}")
-    return f"{', '.join(words)}, {group['steps']:,} iterations"
+    unusual = [f"{name} {group[name]}" for name in GROUP
+               if name != "method" and group[name] != USUAL.get(name, group[name])]
+    return ", ".join([group["task"], group["method"], *unusual, f"{group['steps']:,} iterations"])

@@ -193,15 +193,10 @@ def chemistry() -> Trained:
         "albert.embeddings.LayerNorm": "embedding_norm",
         "albert.encoder.embedding_hidden_mapping_in": "widen",
         "albert.encoder.albert_layer_groups.0.albert_layers.": "layers.",
-        "attention.dense": "attention.out",
-        "attention.LayerNorm": "attention_norm",
-        "ffn_output": "down",
-        "ffn": "up",
-        "full_layer_layer_norm": "norm",
-        "predictions.dense": "head",
-        "predictions.LayerNorm": "head_norm",
-        "predictions.bias": "bias",
-    }
+        "attention.dense": "attention.out", "attention.LayerNorm": "attention_norm",
+        "ffn_output": "down", "ffn": "up", "full_layer_layer_norm": "norm",
+        "predictions.dense": "head", "predictions.LayerNorm": "head_norm",
+        "predictions.bias": "bias"}
     config = Config(vocab_size=591, n_position=512, n_layer=12, n_head=8, n_embd=256, n_hidden=512,
                     n_token=128, shared=True, first_position=0, eps=1e-12)
     pattern = r"\[[^\]]+]|Br|Cl|>>?|%[0-9]{2}|[BCNOSPFIbcnosp().=#+\\/:~@?*$0-9-]"  # the authors'
@@ -222,19 +217,11 @@ def antibodies() -> Trained:
         "decoder.sentence_encoder.embed_positions": "position",
         "decoder.sentence_encoder.emb_layer_norm": "embedding_norm",
         "decoder.sentence_encoder.": "",
-        "self_attn_layer_norm": "attention_norm",
-        "self_attn": "attention",
-        "q_proj": "query",
-        "k_proj": "key",
-        "v_proj": "value",
-        "out_proj": "out",
-        "fc1": "up",
-        "fc2": "down",
-        "final_layer_norm": "norm",
-        "decoder.lm_head.dense": "head",
-        "decoder.lm_head.layer_norm": "head_norm",
-        "decoder.lm_head.bias": "bias",
-    }
+        "self_attn_layer_norm": "attention_norm", "self_attn": "attention",
+        "q_proj": "query", "k_proj": "key", "v_proj": "value", "out_proj": "out",
+        "fc1": "up", "fc2": "down", "final_layer_norm": "norm",
+        "decoder.lm_head.dense": "head", "decoder.lm_head.layer_norm": "head_norm",
+        "decoder.lm_head.bias": "bias"}
     config = Config(vocab_size=25, n_position=146, n_layer=4, n_head=8, n_embd=128, n_hidden=256,
                     n_token=128, shared=False, first_position=2, eps=1e-5)
     amino_acids = re.findall(r"^\w", letters, re.MULTILINE)
@@ -265,9 +252,8 @@ class Batch(NamedTuple):
     targets: Tensor  # (B, T): what is behind the masks, -100 elsewhere
 
 
-def masked(
-    sequences: list[Tensor], mask: int, size: int, generator: torch.Generator
-) -> list[Batch]:
+def masked(sequences: list[Tensor], mask: int, size: int,
+           generator: torch.Generator) -> list[Batch]:
     """Batches of up to ``size`` ``sequences`` (T,) of one length, in random order, with masks.
 
     >>> sequences = [torch.arange(22), torch.arange(22)]
@@ -326,13 +312,12 @@ def reactions() -> pd.DataFrame:
     """Reactions of US patents, as the authors of rxnmapper write them: what goes in, >>, product.
 
     Lowe (2012) took them from the patents' text, the Open Reaction Database has them (CC BY-SA
-    4.0), and the wheel ``orderly`` 1.0.0 (Wigh et al. 2024; MIT licence) some months of it. Of
-    the different ones with one product and at most 72 tokens in both forms, 1,280 were drawn at
-    random. One row a reaction: its ``patent``; ``part``, measured (256) or tuning (1,024);
-    ``reaction``, in RDKit's canonical form; ``rewritten``, the same with every molecule begun at
-    another atom. And for the measured ones, where the product's atoms come from, as the data set
-    says: ``reactant_atoms``, a number for each atom left of >>, the same for atoms that symmetry
-    makes the same, and ``product_atoms``, for each to the right that of its origin.
+    4.0), and the wheel ``orderly`` 1.0.0 (Wigh et al. 2024; MIT licence) some months of it: 1,280
+    drawn at random of those with one product and at most 72 tokens in both forms. One row a
+    reaction: its ``patent``; ``part``, measured (256) or tuning (1,024); ``reaction``, in RDKit's
+    canonical form; ``rewritten``, every molecule begun at another atom. For the measured ones also
+    where the product's atoms come from: ``reactant_atoms``, a number for each atom left of >>, the
+    same where symmetry makes them the same, and ``product_atoms``, to the right that of its origin.
     """
     return pd.read_csv(REACTIONS, keep_default_na=False)
 

@@ -7,8 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np

@@ -489,7 +489,8 @@ def test_the_energies_of_seeded_maps_are_the_frozen_ones():
 
 def test_the_energies_of_trained_models_are_the_frozen_ones():
     found = trained_tables()
-    expected = pd.read_csv(FROZEN).query("case in ['fa', 'bp']")[found.columns].reset_index(drop=True)
+    expected = pd.read_csv(FROZEN).query("case in ['fa', 'bp']")[found.columns]
+    expected = expected.reset_index(drop=True)
     # Another machine rounds float32 by 1e-7 elsewhere, which training amplifies: a rate larger by a
     # millionth moves these figures by 4e-5 of 1.
     pd.testing.assert_frame_equal(found, expected, check_dtype=False, rtol=1e-3, atol=1e-3)

@@ -4,8 +4,6 @@ import dataclasses
 import itertools
 import math
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,11 +12,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy.stats import norm, ttest_1samp
 
-from data.experiment import (COLUMNS, EXPERIMENT, GROUP, KEY, SOLVED, SYMPTOMS, TASKS, USUAL,
+from data.experiment import (COLUMNS, CURVES, EXPERIMENT, GROUP, KEY, SOLVED, SYMPTOMS, TASKS, USUAL,
                              RecallTask, best_settings, harm_table, headline_table, judged,
                              load_runs, mending, plot_harm, share_difference, symptoms)
 from helpers import claim, harm, share_interval, twin
-from model_local import QK_NORM, SOFTMAX_BACKWARD, LocalGPT, LocalGPTConfig
+from model_local import SOFTMAX_BACKWARD, LocalGPT, LocalGPTConfig
 
 # ---- the task ------------------------------------------------------------------------------------
 
@@ -136,8 +134,7 @@ def by_hand(model, rule):
 
 
 @pytest.mark.parametrize("rule, changes", [
-    ("full", {}), ("diagonal", {}), ("ste", {"qk_norm": "exact"}), ("mean", {"method": "fa"}),
-    ("full", {"qk_norm": "cut_q"}), ("diagonal", {"qk_norm": "cut", "method": "fa"}),
+    ("full", {}), ("ste", {"qk_norm": "exact"}), ("mean", {"method": "fa"}),
     ("zero", {"qk_norm": "cut_k"}), ("diagonal", {"score_cap": 0.5}),
     ("full", {"score_cap": 0.5, "cap_backward": "cut"})], ids=str)
 def test_symptoms_are_what_their_formulas_say(rule, changes):
@@ -275,8 +272,7 @@ def test_a_claim_holds_a_sentence_against_numbers(sentence, values, words):
 
 def runs(rule="full", losses=(2.0, 2.0), seeds=(0, 1), lr=1e-3, **changes) -> pd.DataFrame:
     fixed = USUAL | {"task": "recall", "rule": rule, "lr": lr, "steps": 10, "status": "ok"}
-    fixed |= dict.fromkeys(["losses", "accuracies", "common_modes", "q_norms", "k_norms",
-                            "score_maxes"], "")
+    fixed |= dict.fromkeys(CURVES, "")
     fixed |= {"data": "d", "experiment": EXPERIMENT, "seconds": 1.0, "machine": "m", "torch": "t"}
     fixed |= dict.fromkeys(["accuracy", *SYMPTOMS], 0.5) | changes
     return pd.DataFrame({"seed": seeds, "val_loss": losses}).assign(**fixed)[COLUMNS]
@@ -358,26 +354,22 @@ def test_probes_of_one_name_are_rules_of_their_own():
     assert rows["dosed", 0.8] == pytest.approx(0.05) and rows["dosed", 0.2] == pytest.approx(0.85)
 
 
-@pytest.mark.parametrize("arm", [*QK_NORM, "cut cap"])
-def test_norms_and_caps_that_differ_only_backwards_share_the_none(arm):
-    exact = "off" if arm in ("off", "cut cap") or arm.startswith("tangent") else "exact"
-    shared = COMPLETE[COMPLETE["rule"] == "none"].assign(qk_norm=exact)
-    own = COMPLETE[COMPLETE["rule"] != "none"].assign(qk_norm=exact, cap_backward="cut")
-    if arm != "cut cap":
-        own = own.assign(qk_norm=arm, cap_backward="exact")
-    others = [{"qk_norm": name} for name in {"off", "exact"} - {exact}]
-    others += [{"optimizer": "sgd"}, {"score_scale": 2.0}, {"steps": 20}, {"method": "fa"},
-               {"qk_start": "lecun"}, {"score_cap": 5.0}, {"task": "shakespeare"}]
-    others = [COMPLETE.assign(**{"qk_norm": exact, "val_loss": 9.0} | other) for other in others]
-    rows = harm_table(pd.concat([own, shared, *others], ignore_index=True))
-    rows = rows[(rows[GROUP] == own.iloc[0][GROUP]).all(axis=1)].set_index("rule")
-    assert rows.loc["ste", "harm"] == verdict(COMPLETE)["harm"]
-    assert rows.loc["none", "loss"] == pytest.approx(3.05)
-    if not own.iloc[0][GROUP].equals(shared.iloc[0][GROUP]):  # a none of its own goes first
-        mine = shared.assign(**own.iloc[0][GROUP], val_loss=[4.0, 4.0, 4.1])
-        again = harm_table(pd.concat([own, mine, shared], ignore_index=True))
-        again = again[(again[GROUP] == own.iloc[0][GROUP]).all(axis=1)].set_index("rule")
-        assert again.loc["none", "loss"] == pytest.approx(4.05) and again.loc["none", "seeds"] == 2
+@pytest.mark.parametrize("own, shared", [
+    ({"qk_norm": "cut_k"}, {"qk_norm": "exact"}), ({"qk_norm": "tangent"}, {"qk_norm": "off"}),
+    ({"cap_backward": "cut"}, {"cap_backward": "exact"})], ids=str)
+def test_norms_and_caps_that_differ_only_backwards_share_the_none(own, shared):
+    trained = COMPLETE[COMPLETE["rule"] != "none"].assign(**own)
+    none = COMPLETE[COMPLETE["rule"] == "none"].assign(**shared)
+    others = [{"optimizer": "sgd"}, {"score_scale": 2.0}, {"steps": 20}, {"method": "fa"},
+              {"qk_norm": "exact" if shared.get("qk_norm") != "exact" else "off"}]
+    others = [COMPLETE.assign(**shared | {"val_loss": 9.0} | other) for other in others]
+    group = trained.iloc[0][GROUP]
+    mine = none.assign(**group, val_loss=[4.0, 4.0, 4.1])  # a none of its own goes first
+    for parts, loss in (([trained, none], 3.05), ([trained, mine, none], 4.05)):
+        rows = harm_table(pd.concat([*parts, *others], ignore_index=True))
+        rows = rows[(rows[GROUP] == group).all(axis=1)].set_index("rule")
+        assert rows.loc["none", "loss"] == pytest.approx(loss) and rows.loc["none", "seeds"] == 2
+        assert (rows.loc["ste", "harm"] == verdict(COMPLETE)["harm"]) == (loss == 3.05)
 
 
 def test_the_scale_of_the_feedback_is_that_which_suits_full_whatever_suits_the_rule():
@@ -393,12 +385,11 @@ def test_the_best_settings_solve_most_and_among_equals_have_the_lowest_mean_loss
     lower = runs(losses=(1.1, 0.02), accuracy=[0.3, 1.0], lr=3e-4)
     diverged = runs(losses=(0.01, math.inf), accuracy=[1.0, math.nan], lr=3e-4)
     more = runs(losses=(0.02,) * 3, seeds=(0, 1, 2), accuracy=[1.0, 1.0, 0.4], lr=1e-2)
-    for parts, lr, loss in (([none, half], 1e-3, 0.605), ([none, half, lower], 3e-4, 0.56),
-                            ([none, diverged], 3e-4, math.inf), ([half, diverged], 1e-3, 0.605),
-                            ([more, half], 1e-2, 0.02)):
-        assert best_settings(pd.concat(parts))[1:] == (lr, pytest.approx(loss))
+    for parts, lr in (([none, half], 1e-3), ([none, half, lower], 3e-4), ([none, diverged], 3e-4),
+                      ([half, diverged], 1e-3), ([more, half], 1e-2)):
+        assert best_settings(pd.concat(parts))[1] == lr
     text = pd.concat([half, none]).assign(accuracy=math.nan)
-    assert best_settings(text) == best_settings(text.drop(columns="accuracy")) == (0.5, 1e-4, 0.1)
+    assert best_settings(text) == (0.5, 1e-4)
     for nothing in (text.iloc[:0], text.assign(val_loss=[1.0, math.nan, 2.0, 2.2])):
         assert all(map(math.isnan, best_settings(nothing)))
 
@@ -407,9 +398,9 @@ def test_the_best_settings_solve_most_and_among_equals_have_the_lowest_mean_loss
     (pd.concat([COMPLETE, COMPLETE.iloc[[4]]]), "there twice.*'full'.*'seed': 1"),
     (COMPLETE.assign(data=["d"] * 8 + ["e"]), "other data.*'ste'.*'seed': 1"),
     *[(failed(COMPLETE, "ste", 1, status, loss), "status and a loss that cannot.*'ste'.*'seed': 1")
-      for status, loss in (("ok", math.nan), ("ok", math.inf), ("diverged", 2.0), ("great", 2.0),
-                           ("failed: OSError", 2.0))]], ids=lambda value: str(value)[:12])
-def test_rows_that_cannot_be_are_refused_by_name(results, words, tmp_path):
+      for status, loss in (("ok", math.inf), ("failed: OSError", 2.0))]], ids=["twice", "data", "ok",
+                                                                               "failed"])
+def test_rows_that_cannot_be_are_refused_by_name(results, words):
     with pytest.raises(ValueError, match=words):
         harm_table(results)
 
@@ -423,11 +414,8 @@ def test_a_table_is_read_as_it_was_written_and_a_damaged_one_refused(tmp_path):
     expected = failed(written, "ste", 0, "diverged", math.inf)
     pd.testing.assert_frame_equal(load_runs(path=path), expected, check_dtype=False)
     assert len(load_runs(1, path)) == 9 and len(load_runs(None, path)) == 18
-    kinds = {name: load_runs(path=path)[name].dtype.kind for name in KEY}
-    assert all(kinds[name] == {int: "i", float: "f"}.get(KEY[name], kinds[name]) for name in KEY)
     text = written.to_csv(index=False)
-    for damaged in ("", "a,b\n1,2\n", text.replace(",rule,", ",rules,"), text[:-12],
-                    text.replace("2.61", "2.6l"), text.replace(",10,1,", ",ten,1,")):
+    for damaged in ("", text.replace(",rule,", ",rules,"), text.replace("2.61", "2.6l")):
         path.write_text(damaged)
         with pytest.raises(ValueError, match=r"runs.csv is damaged: .*take it from git again"):
             load_runs(path=path)
@@ -458,7 +446,6 @@ def arm(rules, full=(24, 24), **changes) -> pd.DataFrame:
     ((0, 8, 0.05), (2, 24), "not mended", "not mended"),  # too few, though full is no better
     ((33, 60, 0.05), (60, 60), "not mended", "not mended"),  # too far behind full
     ((24, 24, 0.6), (24, 24), "mended", "not mended"),  # too much harm
-    ((14, 24, 0.05), (24, 24), "undetermined", "undetermined"),
     ((14, 24, 0.6), (24, 24), "undetermined", "not mended"),
     ((24, 24, 0.25), (24, 24), "mended", "undetermined"),  # the interval holds the bound
     ((24, 24, None), (24, 24), "mended", "missing"),
@@ -480,41 +467,27 @@ def test_mended_is_what_all_three_intervals_say_and_not_mended_what_one_does(
 
 
 def test_of_two_rules_the_surer_has_half_of_the_error_and_lets_the_other_have_all():
-    alone, sure, open_ = (17, 24, 0.05), (24, 24, 0.05), (14, 24, 0.05)
-    for rules, expected in (({"zero": alone}, "mended"),
-                            ({"zero": alone, "ste": open_}, "undetermined"),
-                            ({"zero": alone, "ste": sure}, "mended")):
-        verdicts = mending(arm(rules, (12, 24)), rules).set_index("rule")
-        assert verdicts.loc["zero", "recall"] == verdicts.loc["zero", "both"] == expected
-        others = {sure: "mended", open_: "undetermined"}
-        assert "ste" not in rules or verdicts.loc["ste", "recall"] == others[rules["ste"]]
-    (row,) = mending(arm({"zero": alone, "ste": open_}, (12, 24))).itertuples()
+    alone, sure, unsure = (17, 24, 0.05), (24, 24, 0.05), (14, 24, 0.05)
+    for rules, *expected in (({"zero": alone}, "mended"),
+                             ({"zero": alone, "ste": unsure}, "undetermined", "undetermined"),
+                             ({"zero": alone, "ste": sure}, "mended", "mended")):
+        verdicts = mending(arm(rules, (12, 24)), rules).set_index("rule").loc[[*rules]]
+        assert verdicts["recall"].tolist() == verdicts["both"].tolist() == expected
+    (row,) = mending(arm({"zero": alone, "ste": unsure}, (12, 24))).itertuples()
     assert (row.rule, row.recall) == ("zero", "mended"), "ste is not of the family"
 
 
 def test_each_setting_is_judged_by_itself_at_the_rate_of_full_and_the_protocol_s_length():
-    alone, open_ = (17, 24, 0.05), (14, 24, 0.05)
-    better = runs("zero", 0.9, (100, *range(200, 224)), 1e-4, accuracy=1.0, steps=3000)
-    parts = [arm({"zero": alone}, (12, 24)), arm({"zero": open_}, (12, 24), qk_norm="exact"),
-             arm({"zero": open_, "ste": open_}, optimizer="sgd"), better,
-             arm({"mean": open_}, (12, 24)).assign(steps=10),
+    alone, unsure = (17, 24, 0.05), (14, 24, 0.05)
+    parts = [arm({"zero": alone}, (12, 24)), arm({"zero": unsure}, (12, 24), qk_norm="exact"),
+             runs("zero", 0.9, (100, *range(200, 224)), 1e-4, accuracy=1.0, steps=3000),  # its own
+             arm({"mean": unsure}, (12, 24)).assign(steps=10),
              runs("zero", 1.0, range(200, 208), dose=0.8, steps=3000)]
-    verdicts = mending(pd.concat(parts, ignore_index=True), ("zero", "mean", "ste"))
-    verdicts = verdicts.set_index(["qk_norm", "optimizer", "rule"])["recall"]
-    assert verdicts.to_dict() == {
-        ("off", "adamw", "zero"): "mended", ("exact", "adamw", "zero"): "undetermined",
-        ("off", "sgd", "zero"): "undetermined", ("off", "sgd", "ste"): "undetermined"}
+    verdicts = mending(pd.concat(parts, ignore_index=True), ("zero", "mean"))
+    found = verdicts[["qk_norm", "rule", "recall"]].to_numpy().tolist()
+    assert found == [["off", "zero", "mended"], ["exact", "zero", "undetermined"]]
 
 
-def test_every_verdict_has_a_colour_and_a_marker_of_its_own():
-    verdicts = ["tolerable", "costly", "catastrophic", "undetermined"]
-    group = runs().iloc[0][GROUP].to_dict() | {"low": 0.0, "high": 1.0, "lr_at_end": False}
-    rows = [group | {"rule": word, "harm": i, "verdict": word} for i, word in enumerate(verdicts)]
-    with matplotlib.rc_context({"backend": "agg"}):
-        (ax,) = plot_harm(pd.DataFrame(rows))
-    points = [line for line in ax.lines if line.get_marker() not in ("None", None, "")]
-    assert len({line.get_marker() for line in points}) == 4
-    assert len({line.get_color() for line in points}) == 4
-    plt.close("all")
+def test_a_figure_without_a_verdict_is_refused():
     with pytest.raises(ValueError, match="no rule in this table has a harm"):
-        plot_harm(pd.DataFrame(rows).assign(harm=math.nan))
+        plot_harm(harm_table(COMPLETE[COMPLETE["rule"] != "ste"]))

@@ -42,21 +42,11 @@ def gradients(loss, model):
 
 @pytest.mark.parametrize("changes, reason", [
     ({"n_layer": True}, "n_layer=True is not a positive whole number"),
-    ({"vocab_size": "65"}, "not a positive whole number"),
-    ({"block_size": 0}, "not a positive whole number"),
     ({"n_embd": 13}, "not divisible by n_head=2"),
-    *[({"dropout": p}, r"not a probability in \[0, 1\)") for p in (1, -0.1, math.nan, False, None)],
-    *[({name: bad}, f"{name}=.* is not a positive number")
-      for name in ("feedback_scale", "score_scale", "score_cap")
-      for bad in (0, -1, math.nan, True, None, "1")],
-    ({"feedback_scale": math.inf}, "not a positive number"),
+    ({"dropout": 1}, r"not a probability in \[0, 1\)"),
+    ({"score_cap": math.nan}, "score_cap=nan is not a positive number"),
     ({"score_scale": math.inf}, "not a positive number"),
     ({"qk_norm": "l2"}, "qk_norm='l2' is unknown: choose one of off, exact, cut, cut_q, cut_k"),
-    ({"qk_norm": ["exact"]}, "choose one of off"),
-    ({"method": "backprop"}, "choose one of bp, fa, sign_sym, dfa"),
-    ({"attn_mode": None}, "choose one of softmax, sigmoid"),
-    ({"qk_start": "he"}, "choose one of gpt2, lecun"),
-    ({"cap_backward": "off"}, "choose one of exact, cut"),
     ({"softmax_backward": "half"}, "choose one of full, diagonal.*, balanced_by_attention"),
     ({"attn_mode": "sigmoid", "softmax_backward": "diagonal"}, "choose 'full'"),
 ], ids=str)
@@ -118,18 +108,15 @@ def test_weights_and_feedback_start_as_stated(start):
     assert alike.abs().max() < 0.05, "a map of its own for each block"
 
 
-def test_a_seed_gives_the_same_weights_under_every_rule_and_start():
-    settings = [{"method": method} for method in METHODS]
-    settings += [{"softmax_backward": rule} for rule in RULES]
-    settings += [{"qk_norm": arm} for arm in QK_NORM]
-    settings += [{"attn_mode": "sigmoid"}, {"feedback_scale": 3.0}, {"score_scale": 2.0}]
-    settings += [{"score_cap": 1.0}, {"qk_start": "lecun"}]
+@pytest.mark.parametrize("changes", [
+    {"method": "fa"}, {"softmax_backward": "running"}, {"qk_norm": "cut"}, {"score_cap": 1.0},
+    {"attn_mode": "sigmoid"}, {"feedback_scale": 3.0}, {"qk_start": "lecun"}], ids=str)
+def test_a_seed_gives_the_same_weights_under_every_rule_and_start(changes):
     expected = dict(make_model(method="bp").named_parameters())
-    for changes in settings:
-        for name, parameter in make_model(**changes).named_parameters():
-            lecun = "qk_start" in changes and name.endswith(("q_proj.weight", "k_proj.weight"))
-            factor = 12**-0.5 / INIT_STD if lecun else 1
-            torch.testing.assert_close(parameter, factor * expected[name], msg=f"{changes} {name}")
+    for name, parameter in make_model(**changes).named_parameters():
+        lecun = "qk_start" in changes and name.endswith(("q_proj.weight", "k_proj.weight"))
+        factor = 12**-0.5 / INIT_STD if lecun else 1
+        torch.testing.assert_close(parameter, factor * expected[name], msg=name)
     assert not torch.equal(make_model(seed=1).lm_head.weight, expected["lm_head.weight"])
 
 
@@ -229,10 +216,8 @@ def scores_of(model):
     return [scores for scores, _ in seen]
 
 
-@pytest.mark.parametrize("backward", ["exact", "cut"])
-def test_a_cap_bounds_what_is_seen_and_masks_the_rest_as_before(backward):
-    (free, *_), (capped, *_) = (scores_of(make_model(qk_start="lecun", score_cap=cap,
-                                                     cap_backward=backward))
+def test_a_cap_bounds_what_is_seen_and_masks_the_rest_as_before():
+    (free, *_), (capped, *_) = (scores_of(make_model(qk_start="lecun", score_cap=cap))
                                 for cap in (math.inf, 0.7))
     assert free[..., CAUSAL].abs().max() > 0.7 > capped[..., CAUSAL].abs().max()
     torch.testing.assert_close(capped[..., CAUSAL], 0.7 * torch.tanh(free[..., CAUSAL] / 0.7))
@@ -384,19 +369,18 @@ def test_no_query_sees_a_later_key(changes):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("rule", RULES)
-def test_nothing_can_be_differentiated_twice(method, rule):
-    model, (x, y) = make_model(method=method, softmax_backward=rule), batch()
+def test_nothing_can_be_differentiated_twice(method):
+    model, (x, y) = make_model(method=method, softmax_backward="zero"), batch()
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(model(x, y)[1], model.blocks[0].attn.v_proj.weight, create_graph=True)
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("changes", [
-    *[{"softmax_backward": rule} for rule in RULES], *[{"qk_norm": arm} for arm in QK_NORM],
-    {"attn_mode": "sigmoid"}, {"score_cap": 1.0}], ids=str)
-def test_autocast_gives_the_gradients_in_less_precision(method, changes):
-    model, (x, y) = make_model(method=method, **changes).eval(), batch()  # a memory stays
+    {"method": "bp", "softmax_backward": "running"}, {"method": "fa", "softmax_backward": "ste"},
+    {"method": "sign_sym", "qk_norm": "cut"}, {"method": "dfa", "attn_mode": "sigmoid"},
+    {"method": "bp", "score_cap": 1.0}], ids=str)
+def test_autocast_gives_the_gradients_in_less_precision(changes):
+    model, (x, y) = make_model(**changes).eval(), batch()  # a memory stays
     expected = gradients(model(x, y)[1], model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         _, loss = model(x, y)
@@ -417,7 +401,7 @@ def test_dropout_falls_on_the_residual_branches_in_training_only():
                 lambda m, inputs, output, name=name: seen.update({name: (inputs[0], output)}))
     for block in model.blocks:
         block.attn.attn_weights.register_forward_hook(lambda m, i, attn: rows.append(attn.sum(-1)))
-    assert not torch.equal(model(x, y)[0], model(x, y)[0])
+    model(x, y)
     branches = {f"blocks.{i}.{part}.resid_drop" for i in range(3) for part in ("attn", "mlp")}
     assert set(seen) == {"drop"} | branches
     for name, (before, after) in seen.items():
@@ -438,17 +422,10 @@ def ids(*rows, dtype=torch.long):
 
 @pytest.mark.parametrize("idx, targets, reason", [
     (ids([0, 11]), None, "idx hold ids from 0 to 11, and the model's vocabulary goes from 0 to 10"),
-    (ids([0, -1]), None, "idx hold ids from -1 to 0"),
-    (ids([0, -100]), None, "idx hold ids from -100 to 0"),
-    (ids([0, 1]), ids([0, 11]), "targets hold ids from 0 to 11"),
     (ids([0, 1]), ids([-100, -1]), "targets hold ids from -1 to 0"),
     (ids([0, 1], dtype=torch.float), None, r"idx are torch.float32: .* \.long\(\)"),
-    (ids([0, 1]), ids([0, 1], dtype=torch.float), "targets are torch.float32"),
-    (ids([0, 1], dtype=torch.bool), None, "idx are torch.bool"),
     (torch.zeros(1, 8, dtype=torch.long), None, r"shape \(1, 8\)"),
-    (torch.zeros(1, 0, dtype=torch.long), None, r"shape \(1, 0\)"),
     (torch.zeros(0, 3, dtype=torch.long), None, r"shape \(0, 3\)"),
-    (torch.zeros(3, dtype=torch.long), None, r"shape \(3,\)"),
     (ids([0, 1]), ids([0, 1, 2]), "must agree"),
 ], ids=str)
 def test_ids_that_are_none_are_refused(idx, targets, reason):
@@ -464,9 +441,8 @@ def test_ids_may_be_short_integers_and_targets_left_out():
     assert model(x)[1] is None
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_generate_samples_from_the_softmax_over_temperature_of_the_last_block(temperature):
-    model, (x, _) = make_model(dropout=0.5), batch()
+def test_generate_samples_from_the_softmax_over_temperature_of_the_last_block():
+    temperature, model, (x, _) = 3.0, make_model(dropout=0.5), batch()
     model.lm_head.weight.data *= 30  # far from uniform
     random_numbers, drawn = torch.get_rng_state(), torch.Generator().manual_seed(3)
     sample = model.generate(x, 6, temperature, generator=torch.Generator().manual_seed(3))
@@ -481,8 +457,7 @@ def test_generate_samples_from_the_softmax_over_temperature_of_the_last_block(te
     assert torch.equal(model.generate(x, n_new=0), x)
 
 
-@pytest.mark.parametrize("wrong", [
-    {"temperature": 0}, {"temperature": -1}, {"temperature": math.nan}, {"n_new": -1}], ids=str)
+@pytest.mark.parametrize("wrong", [{"temperature": 0}, {"n_new": -1}], ids=str)
 def test_generate_refuses_what_it_cannot_sample(wrong):
     with pytest.raises(ValueError, match="|".join(wrong)):
         make_model().generate(batch()[0], **{"n_new": 1} | wrong)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import re
 import subprocess
 import zipfile
@@ -64,8 +63,7 @@ def test_a_wheel_is_fetched_by_hash_once_and_a_damaged_one_again(tmp_path, monke
 
 
 def test_without_a_network_it_says_what_to_do(tmp_path, monkeypatch):
-    said = "WARNING: retrying\nERROR: No matching distribution found for rxnmapper==0.4.3\n"
-    failed = SimpleNamespace(returncode=1, stderr=said)
+    failed = SimpleNamespace(returncode=1, stderr="ERROR: No matching distribution found\n")
     monkeypatch.setattr(others, "WHEELS", tmp_path)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(WheelError, match=r"No matching distribution .*\nCall again .* put the wh"):
@@ -102,7 +100,7 @@ def test_the_reactions_are_different_ones_in_two_forms_of_the_same_atoms(trained
 
 
 def test_an_atom_of_the_product_comes_from_one_of_its_element(trained, table):
-    for _, row in table[table["part"] == "measured"][:40].iterrows():
+    for _, row in table[table["part"] == "measured"][:12].iterrows():
         weights, origin = others.atom_maps(trained, row)
         sides = row["reaction"].split(">>")
         left, right = (elements(trained.vocabulary.split(side)) for side in sides)
@@ -122,9 +120,8 @@ def test_masks_hide_the_same_share_of_every_sequence_and_never_its_ends():
             assert (hidden == (targets != -100)).all() and not hidden[:, [0, -1]].any()
             assert (hidden.sum(1) == {7: 1, 22: 3, 42: 6}[T]).all()
             assert (torch.where(hidden, targets, ids) == torch.arange(100, 100 + T)).all()
-    again = masked(sequences, 5, 2, torch.Generator().manual_seed(0))
-    assert [batch.ids.tolist() for batch in again] == [batch.ids.tolist() for batch in drawn[0]]
-    assert len({str([batch.ids.tolist() for batch in batches]) for batches in drawn}) == 20
+    first, again = (str(masked(sequences, 5, 2, torch.Generator().manual_seed(0))) for _ in "ab")
+    assert first == again != str(drawn[1])
 
 
 # ---- the models ------------------------------------------------------------------------------
@@ -155,15 +152,6 @@ def test_every_logit_is_that_of_the_transformers_library(trained, table):
         torch.testing.assert_close(trained.model(ids), theirs(ids).logits, rtol=0, atol=1e-4)
 
 
-def test_the_stored_figures_of_the_antibodies_hang_together():
-    table = pd.read_csv(others.ANTIBODIES)
-    heads = [[layer, head] for layer in range(4) for head in range(8)]
-    assert table[["layer", "head"]].values.tolist() == heads
-    assert (table[["r_diag", "r_offdiag", "r_cross"]].sum(axis=1) - 1).abs().max() < 1e-4
-    assert (table["sequences"] == 256).all() and (table["accuracy"] > 0.85).all()
-    assert table["cos_diag"].between(table["cos_diag_lo"], table["cos_diag_hi"]).all()
-
-
 def test_scores_count_tokens_not_batches(trained):
     ids = torch.tensor([[12, 15, 16, 13]])
     one = others.Batch(ids, torch.tensor([[-100, 15, -100, -100]]))
@@ -171,7 +159,7 @@ def test_scores_count_tokens_not_batches(trained):
     parts = [masked_scores(trained.model, [batch]) for batch in (one, two)]
     both = masked_scores(trained.model, [one, two])
     for name in ("loss", "accuracy"):
-        assert math.isclose(both[name], (parts[0][name] + 2 * parts[1][name]) / 3, rel_tol=1e-5)
+        assert both[name] == pytest.approx((parts[0][name] + 2 * parts[1][name]) / 3, rel=1e-5)
 
 
 # ---- fine-tuning -----------------------------------------------------------------------------
@@ -204,7 +192,7 @@ def test_full_is_plain_training_and_none_leaves_queries_and_keys_alone(table, mo
 
 def test_an_interrupted_table_of_runs_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(finetune, "FINETUNING", tmp_path / "finetuning.csv")
-    monkeypatch.setattr(finetune, "RATES", (1e-4, 1e-3, 1e-2, 1e-5))
+    monkeypatch.setattr(finetune, "RATES", (1e-4, 1e-3))
     monkeypatch.setattr(finetune, "scored", lambda *_: {"rewritten_loss": 1.0})
     made = []
 
@@ -220,7 +208,7 @@ def test_an_interrupted_table_of_runs_goes_on(tmp_path, monkeypatch):
     assert len(pd.read_csv(finetune.FINETUNING)) == 1 + 5
     finetune.finetune()
     rows = pd.read_csv(finetune.FINETUNING)[["rule", "lr", "seed"]]
-    assert len(rows) == 1 + 3 * 4 * 3 and not rows.duplicated().any()
+    assert len(rows) == 1 + 3 * 2 * 3 and not rows.duplicated().any()
     del made[5]  # the one that was interrupted
     assert made == [*rows[1:].itertuples(index=False, name=None)]
 
@@ -229,5 +217,4 @@ def test_the_first_of_the_stored_runs_comes_out_again(trained, table):
     rows = pd.read_csv(finetune.FINETUNING)
     assert not rows.duplicated(["rule", "lr", "seed"]).any()
     before = finetune.scored(trained, table[table["part"] == "measured"])
-    for name, value in before.items():
-        assert math.isclose(rows.loc[0, name], value, abs_tol=2e-3), name
+    assert {name: rows.loc[0, name] for name in before} == pytest.approx(before, abs=2e-3)
