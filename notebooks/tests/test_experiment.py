@@ -230,7 +230,7 @@ def test_without_a_gain_from_attention_nothing_is_decided_and_divergence_is_infi
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"confidence": 95}, "probability"), ({"rule": [2, 2, 2, 2, math.nan]}, "NaN"),
+    ({"rule": [2, 2, 2, 2, math.nan]}, "NaN"),
     ({"rule": FULL[:4]}, "same seeds")])
 def test_harm_refuses_what_it_cannot_judge(change, words):
     with pytest.raises(ValueError, match=words):
