@@ -1016,7 +1016,7 @@ def _energies(sums: Tensor, n_boot: int, seed: int) -> pd.DataFrame:
     weights = np.vstack([np.ones(B), resamples])
 
     def mean(values: np.ndarray) -> np.ndarray:
-        """Over the sequences that have one: (B, H) to (1 + n_boot, H)."""
+        """Over sequences, of energies, cosines and noise alike: (B, H) to (1 + n_boot, H)."""
         finite = np.isfinite(values)
         with np.errstate(invalid="ignore"):
             return weights @ np.where(finite, values, 0) / (weights @ finite)

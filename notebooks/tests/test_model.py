@@ -266,6 +266,10 @@ FORMULAS = {  # of a, g, visible, and r, the memory of the rules that have one
 }
 
 
+def test_every_rule_has_a_formula_here():
+    assert set(FORMULAS) == set(RULES), "write a new rule's formula into FORMULAS"
+
+
 @pytest.mark.parametrize("rule", RULES)
 @given(seed=st.integers(0, 2**32 - 1), causal=st.booleans(), sharpness=st.floats(0, 20))
 def test_a_rule_is_its_formula_and_sends_nothing_to_masked_keys(rule, seed, causal, sharpness):

@@ -185,6 +185,18 @@ def test_every_result_that_a_reader_takes_away_is_claimed(name: str) -> None:
     assert not missing, f"no claim of {pages} has the numbers in:\n" + "\n".join(missing)
 
 
+def test_what_the_readme_says_is_to_be_changed_is_there():
+    readme = (ROOT / "README.md").read_text()
+    table = readme.split("## Where do I change ...")[1].split("\n\n    ")[0]
+    sources = "".join(path.read_text() for folder in (".", "data", "notebooks", "notebooks/_site")
+                      for path in (ROOT / folder).glob("*.py"))
+    for name in re.findall(r"`([^`]+)`", table):
+        name = name.split(" --")[0]
+        files = [(ROOT / folder / name).exists()
+                 for folder in (".", "notebooks/tests", "notebooks/_site")]
+        assert name in sources or any(files), f"README names {name}, which is nowhere"
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_claims_are_at_the_end_and_say_what_the_page_says(name: str) -> None:
     with_claims = [c for c in cells(name, "code") if re.search(r"^\s*claim\(", c.source, re.M)]
