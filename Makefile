@@ -98,7 +98,8 @@ $(SITE)/%.ipynb: notebooks/%.ipynb notebooks/exercises.py notebooks/_site/execut
 $(filter $(addprefix $(SITE)/,03% 04% 07% 09% index%),$(EXECUTED)): | $(SITE)/02_training.ipynb
 
 # The pages' folder is filled anew: a notebook or a page may be gone.
-report/.work/filled: $(EXECUTED) $(PAGES) $(wildcard notebooks/_site/* notebooks/_site/*/*) \
+report/.work/filled: $(EXECUTED) $(PAGES) \
+    $(wildcard notebooks/_site/*.* notebooks/_site/templates/* notebooks/_site/_static/*) \
     $(wildcard notebooks/solutions/*.py) notebooks/exercises.py LICENSE pyproject.toml Makefile
 	@rm -rf $(filter-out $(EXECUTED),$(wildcard $(SITE)/*.ipynb $(SITE)/*.md))
 	@mkdir -p report/.work/data && cp $(PAGES) $(SITE) && cp data/*.csv report/.work/data
