@@ -31,6 +31,8 @@ help:  ## this list
 report: .venv/.ready  ## set up, execute the notebooks, render report/index.html: only what changed
 	@$(MAKE) --no-print-directory -j2 pages
 
+# With one thread, as for the report: the models are small, and numbers the same to the last digit.
+test test-all: export OMP_NUM_THREADS := 1
 test: .venv/.ready $(TEXT_READY)  ## set up, then run every notebook and every example as a test
 	$(PY) -m pytest
 
