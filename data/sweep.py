@@ -142,7 +142,6 @@ def grid(task: str, rules: Iterable[str], lrs: Iterable[float], seeds: Iterable[
 # the protocol of notebooks/protocol.md
 RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 SEEDS = (*range(100, 104), *range(200, 204))  # on recall; the first four for the exact pass
-TEXT_SEEDS = range(200, 205)
 CAPS = (1.0, 2.0, 32**0.5, 20.0)  # sqrt(D) is the same in both tasks
 
 
@@ -189,17 +188,22 @@ def outdated(path: Path = RUNS) -> list[Cell]:
 # --------------------------------------------------------------------------------------------------
 
 
+def config_of(cell: Cell, vocab_size: int) -> LocalGPTConfig:
+    """The model that a cell asks for."""
+    return LocalGPTConfig(
+        vocab_size=vocab_size, method=cell.method, attn_mode=cell.attn_mode,
+        softmax_backward=probe_name(cell.rule, cell.base, cell.dose, cell.after),
+        feedback_scale=cell.feedback_scale, qk_norm=cell.qk_norm, qk_start=cell.qk_start,
+        score_cap=cell.score_cap, cap_backward=cell.cap_backward, score_scale=cell.score_scale,
+        **TASKS[cell.task].shape)
+
+
 def run(cell: Cell, device: str = "cpu") -> dict:
     """Train one cell and return its row of the table."""
     torch.set_num_threads(1)  # the cores are shared out to runs
     task = TASKS[cell.task]
     data = load_corpus(task.data) if isinstance(task.data, str) else task.data
-    config = LocalGPTConfig(
-        vocab_size=data.vocab_size, method=cell.method, attn_mode=cell.attn_mode,
-        softmax_backward=probe_name(cell.rule, cell.base, cell.dose, cell.after),
-        feedback_scale=cell.feedback_scale, qk_norm=cell.qk_norm, qk_start=cell.qk_start,
-        score_cap=cell.score_cap, cap_backward=cell.cap_backward, score_scale=cell.score_scale,
-        **task.shape)
+    config = config_of(cell, data.vocab_size)
     row = dataclasses.asdict(cell)
     row |= {"data": data.sha256[:12], "experiment": EXPERIMENT, "torch": torch.__version__}
     cpu = f"CPU {platform.machine()}"

@@ -17,9 +17,9 @@ import torch
 
 from data.experiment import GROUP, KEY, RULE, TASKS, harm_table, load_runs
 from data.probes import DOSES, HALVES, TransplantRule, probe_name
-from data.sweep import OPTIMIZERS, USUAL, Cell
+from data.sweep import OPTIMIZERS, USUAL, Cell, config_of
 from helpers import load_corpus, train
-from model_local import METHODS, QK_NORM, SOFTMAX_BACKWARD, LocalGPTConfig
+from model_local import METHODS, QK_NORM, SOFTMAX_BACKWARD
 
 FROZEN = Path(__file__).parent / "frozen"
 GOLDEN = FROZEN / "golden.csv"
@@ -69,15 +69,11 @@ def iterations(cell):
     task = TASKS[cell.task]
     data = load_corpus(task.data) if isinstance(task.data, str) else task.data
     object.__setattr__(data, "score", lambda model: {})  # takes longer than the iterations
-    name = probe_name(cell.rule, cell.base, cell.dose)
-    if cell.after:
-        SOFTMAX_BACKWARD["transplant"] = TransplantRule(cell.after, SOFTMAX_BACKWARD[name])
-        name = "transplant"
-    config = LocalGPTConfig(
-        vocab_size=data.vocab_size, method=cell.method, softmax_backward=name, **task.shape,
-        attn_mode=cell.attn_mode, qk_norm=cell.qk_norm, qk_start=cell.qk_start,
-        score_cap=cell.score_cap, cap_backward=cell.cap_backward, score_scale=cell.score_scale,
-        feedback_scale=cell.feedback_scale)
+    if cell.after:  # so soon after the start no row of the table has one
+        then = SOFTMAX_BACKWARD[probe_name(cell.rule, cell.base, cell.dose)]
+        name = probe_name(cell.rule, cell.base, cell.dose, cell.after)
+        SOFTMAX_BACKWARD[name] = TransplantRule(cell.after, then)
+    config = config_of(cell, data.vocab_size)
     run = train(config, cell.steps, cell.lr, 16, cell.seed, data, cell.steps,
                 lambda model, x, y: {}, directory=None, progress=False,
                 optimizer=OPTIMIZERS[cell.optimizer])
@@ -89,7 +85,8 @@ def iterations(cell):
         direction = torch.randn(len(moved), generator=generator, dtype=torch.float64)
         size = moved.double().norm().item()
         numbers += [size, (moved.double() @ direction).item() / size if size else 0.0]
-    SOFTMAX_BACKWARD.pop("transplant", None)
+    if cell.after:
+        del SOFTMAX_BACKWARD[name]
     return dict(zip(NUMBERS, numbers, strict=True))
 
 
