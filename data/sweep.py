@@ -143,6 +143,8 @@ def grid(task: str, rules: Iterable[str], lrs: Iterable[float], seeds: Iterable[
 RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 SEEDS = (*range(100, 104), *range(200, 204))  # on recall; the first four for the exact pass
 CAPS = (1.0, 2.0, 32**0.5, 20.0)  # sqrt(D) is the same in both tasks
+CAP = {"score_cap": 32**0.5}  # recall's choice, see the plan
+START = {"qk_start": "lecun"}
 
 
 def window(lrs: Iterable[float] = RATES[1:], **changes) -> list[Cell]:
@@ -154,15 +156,18 @@ def window(lrs: Iterable[float] = RATES[1:], **changes) -> list[Cell]:
 PLANS: dict[str, list[Cell]] = {
     "cap-choice": [cell for task in ("recall", "shakespeare") for cap in CAPS
                    for cell in grid(task, ("diagonal",), [1e-3], (300, 301), score_cap=cap)],
-    "recall-start": window(qk_start="lecun"),
     "recall-off": window(RATES),
+    "recall-start": window(**START),
+    "recall-cap": window(**CAP),
     "recall-exact": window(RATES, qk_norm="exact"),
     "recall-cut": window(RATES, qk_norm="cut"),
-    "recall-held": window(RATES[2:4], qk_start="lecun", optimizer="qk_fixed"),
-    "recall-tangent": grid("recall", ("balanced_evenly",), RATES[1:], SEEDS, qk_norm="tangent"),
+    "recall-cap-start": window(**CAP, **START),
     "drift": [cell for norm in ("off", "exact")
               for cell in grid("recall", ("diagonal", "zero"), [1e-3], range(400, 408),
                                qk_norm=norm)],
+    "recall-held": window(RATES[2:4], optimizer="qk_fixed", **START),
+    "recall-cap-cut": window(RATES[2:4], cap_backward="cut", **CAP),
+    "recall-tangent": grid("recall", ("balanced_evenly",), RATES[1:], SEEDS, qk_norm="tangent"),
 }
 SMALL = grid("recall", ("full", "none"), [1e-3], (100, 200, 201), steps=20)
 
