@@ -241,6 +241,19 @@ CURVES = {"losses": "val_loss", "accuracies": "accuracy", "common_modes": "commo
 COLUMNS = [*KEY, "status", *OUTCOMES, *CURVES, "data", "experiment", "seconds", "machine", "torch"]
 TUNING_SEEDS = range(100, 200)  # they chose the learning rate in the first two editions
 TEST_SEEDS = (*range(100), *range(200, 300))
+CHOICE_SEEDS = (300, 301)  # they chose the cap, and judge nothing
+RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)  # each about half a power of ten above the last
+
+
+def arms(task: str) -> dict[str, dict]:
+    """The settings of attention that are compared, by name: what is not as usual in each."""
+    start = {"qk_start": "lecun"}
+    cap = {"score_cap": 2.0 if task == "shakespeare" else 32**0.5}  # chosen, see protocol.md
+    return {
+        "off": {}, "start": start, "held": start | {"optimizer": "qk_fixed"},
+        "cap": cap, "cap, slope 1": cap | {"cap_backward": "cut"}, "cap and start": cap | start,
+        "exact": {"qk_norm": "exact"}, "cut": {"qk_norm": "cut"}, "tangent": {"qk_norm": "tangent"},
+    }
 
 
 def load_runs(experiment: int | None = EXPERIMENT, path: Path = RUNS) -> pd.DataFrame:

@@ -23,7 +23,7 @@ import platform
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import joblib
@@ -31,8 +31,8 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from data.experiment import (COLUMNS, CURVES, EXPERIMENT, KEY, OUTCOMES, RUNS, SENT, TASKS, USUAL,
-                             load_runs, symptoms)
+from data.experiment import (COLUMNS, CURVES, EXPERIMENT, KEY, OUTCOMES, RATES, RUNS, SENT, TASKS,
+                             USUAL, arms, load_runs, symptoms)
 from data.probes import probe_name
 from helpers import adamw, load_corpus, save_atomically, train
 from model_local import LocalGPT, LocalGPTConfig
@@ -140,34 +140,57 @@ def grid(task: str, rules: Iterable[str], lrs: Iterable[float], seeds: Iterable[
 
 
 # the protocol of notebooks/protocol.md
-RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 SEEDS = (*range(100, 104), *range(200, 204))  # on recall; the first four for the exact pass
-CAPS = (1.0, 2.0, 32**0.5, 20.0)  # sqrt(D) is the same in both tasks
-CAP = {"score_cap": 32**0.5}  # recall's choice, see the plan
-START = {"qk_start": "lecun"}
+TEXT_SEEDS = range(200, 205)
+OF_TEXT = ("full", "none", "diagonal", "zero", "diagonal_mean")
+SURROGATES = ("mean", "running", "diagonal_mean", "diagonal_running", "diagonal_lateral",
+              "balanced_evenly", "balanced_by_attention", "ste")
 
 
-def window(lrs: Iterable[float] = RATES[1:], **changes) -> list[Cell]:
-    """The two local rules on recall at several rates, beside the exact pass."""
-    local = grid("recall", ("diagonal", "zero"), lrs, SEEDS, **changes)
-    return grid("recall", ("full",), lrs, SEEDS[:4], **changes) + local
+def window(arm: str, lrs: Iterable[float] = RATES[1:], task: str = "recall",
+           seeds: Sequence[int] = SEEDS, **changes) -> list[Cell]:
+    """The two local rules on recall at several rates, beside the exact pass on four seeds."""
+    changes = arms(task)[arm] | changes
+    exact = grid(task, ("full",), lrs, seeds[:4], **changes)
+    return exact + grid(task, ("diagonal", "zero"), lrs, seeds, **changes)
 
+
+def on_text(arm: str, rules: Iterable[str], lrs: Iterable[float] = RATES[2:],
+            seeds: Iterable[int] = TEXT_SEEDS, **changes) -> list[Cell]:
+    return grid("shakespeare", rules, lrs, seeds, **arms("shakespeare")[arm], **changes)
+
+
+FA = {"method": "fa", "feedback_scale": 0.5}
 
 PLANS: dict[str, list[Cell]] = {
-    "cap-choice": [cell for task in ("recall", "shakespeare") for cap in CAPS
+    "cap-choice": [cell for task in ("recall", "shakespeare") for cap in (1.0, 2.0, 32**0.5, 20.0)
                    for cell in grid(task, ("diagonal",), [1e-3], (300, 301), score_cap=cap)],
-    "recall-off": window(RATES),
-    "recall-start": window(**START),
-    "recall-cap": window(**CAP),
-    "recall-exact": window(RATES, qk_norm="exact"),
-    "recall-cut": window(RATES, qk_norm="cut"),
-    "recall-cap-start": window(**CAP, **START),
-    "drift": [cell for norm in ("off", "exact")
+    "recall-off": window("off", RATES),
+    "recall-start": window("start"),
+    "recall-cap": window("cap"),
+    "recall-exact": window("exact", RATES),
+    "recall-cut": window("cut", RATES),
+    "recall-cap-start": window("cap and start"),
+    "drift": [cell for arm in ("off", "exact")
               for cell in grid("recall", ("diagonal", "zero"), [1e-3], range(400, 408),
-                               qk_norm=norm)],
-    "recall-held": window(RATES[2:4], optimizer="qk_fixed", **START),
-    "recall-cap-cut": window(RATES[2:4], cap_backward="cut", **CAP),
-    "recall-tangent": grid("recall", ("balanced_evenly",), RATES[1:], SEEDS, qk_norm="tangent"),
+                               **arms("recall")[arm])],
+    "recall-held": window("held", RATES[2:4]),
+    "recall-cap-cut": window("cap, slope 1", RATES[2:4]),
+    "recall-tangent": grid("recall", ("balanced_evenly",), RATES[1:], SEEDS,
+                           **arms("recall")["tangent"]),
+    **{f"fa-{arm}": on_text(arm, (*OF_TEXT, "ste"), **FA) for arm in ("off", "exact", "cap")},
+    **{f"fa-long-{arm}": on_text(arm, ("full", "none", "diagonal"), [1e-3], range(200, 204),
+                                 steps=2000, **FA) for arm in ("off", "exact", "cap")},
+    **{f"text-{arm}": on_text(arm, OF_TEXT) for arm in ("off", "exact", "cap")},
+    "surrogates": grid("recall", SURROGATES, RATES[1:], SEEDS),
+    "sigmoid": grid("recall", ("full",), RATES[1:], SEEDS, attn_mode="sigmoid"),
+    "own-rates": [cell for arm in ("off", "cap") for factor in ("0.3", "0.1", "0.03")
+                  for cell in on_text(arm, ("diagonal", "zero"), [1e-3],
+                                      optimizer=f"qk_rate_{factor}")],
+    "sgd": [cell for arm in ("exact", "cap")
+            for cell in window(arm, (0.03, 0.1, 0.3, 1.0), seeds=SEEDS[:4], optimizer="sgd")],
+    "eight-pairs": [cell for arm in ("off", "exact", "cap")
+                    for cell in window(arm, task="recall_8", seeds=SEEDS[4:])],
 }
 SMALL = grid("recall", ("full", "none"), [1e-3], (100, 200, 201), steps=20)
 
