@@ -21,6 +21,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.axes import Axes
+from scipy import stats
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -315,6 +317,153 @@ def runs_without_norms() -> pd.DataFrame:
     """What 05 and 06 judge: recall of the first edition, Tiny Shakespeare of the second."""
     text = usual_runs(load_runs()).query("task == 'shakespeare' and qk_norm == 'off'")
     return pd.concat([load_runs(experiment=1), text], ignore_index=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# The window of learning rates, as notebooks/protocol.md fixes it
+# --------------------------------------------------------------------------------------------------
+
+SETTING = [*GROUP, "feedback_scale"]  # rules are compared within a setting
+FEWEST = 4  # runs at a rate: of three, all of which solved, Wilson's lower end is 0.44
+SOLVES = 0.5  # on recall a share's lower end is above it where a rate is in the window
+KEEPS = 0.75  # on text it is this or more
+
+
+def mean_interval(values: pd.Series) -> tuple[float, float, float]:
+    """Mean of two numbers or more, and Student's 95 % interval; infinite where one of them is."""
+    mean = values.mean()
+    if not math.isfinite(mean):
+        return mean, mean, mean
+    reach = stats.t.ppf(0.975, len(values) - 1) * values.std() / math.sqrt(len(values))
+    return mean, mean - reach, mean + reach
+
+
+def windows(runs: pd.DataFrame) -> pd.DataFrame:
+    """One row per setting, rule and learning rate: is that rate in the rule's window?
+
+    ``share``, with its 95 % interval ``low`` to ``high``, is on recall that of the runs that solved
+    it (Wilson's interval). On text it is how much of what learnt attention is worth the rule keeps:
+    1 as good as ``full`` at its best rate, 0 as bad as ``none`` at its own; the interval is of the
+    mean difference from ``full``, seed by seed. A rate is ``inside`` if ``low`` is above one half,
+    on text three quarters or more. Where attention's worth cannot be told from zero, ``share`` is
+    NaN. ``solved`` and ``runs`` are counts, ``loss`` is a mean. Rates with fewer than ``FEWEST``
+    runs are left out; runs that failed, and seeds that chose a setting, count nowhere.
+    """
+    counts = ~check_runs(runs)["seed"].isin(CHOICE_SEEDS) & runs["val_loss"].notna()
+    names = [*SETTING, *RULE, "lr"]
+    cases = runs[counts].groupby(names, sort=False).filter(lambda case: len(case) >= FEWEST)
+    worths = {}  # on text, by setting: losses of full at its best rate, and what attention is worth
+    rows = []
+    for key, case in cases.groupby(names, sort=False):
+        row = dict(zip(names, key, strict=True))
+        row |= {"runs": len(case), "solved": int((case["accuracy"] >= SOLVED).sum()),
+                "loss": case["val_loss"].mean()}
+        if isinstance(TASKS[row["task"]].data, RecallTask):
+            row["share"] = row["solved"] / row["runs"]
+            row["low"], row["high"] = share_interval(row["solved"], row["runs"])
+            row["inside"] = row["low"] > SOLVES
+        else:
+            setting = key[: len(SETTING)]
+            if setting not in worths:
+                worths[setting] = _worth(cases, dict(zip(SETTING, setting, strict=True)))
+            full_losses, worth = worths[setting]
+            behind = mean_interval((_by_seed(case) - full_losses).dropna())
+            row["share"], row["high"], row["low"] = (1 - loss / worth for loss in behind)
+            row["inside"] = row["low"] >= KEEPS
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _by_seed(case: pd.DataFrame) -> pd.Series:
+    return case.set_index("seed")["val_loss"]
+
+
+def _worth(cases: pd.DataFrame, setting: dict) -> tuple[pd.Series, float]:
+    """Losses of ``full`` at its best rate, by seed, and how much worse the best ``none`` is (NaN:
+    their difference cannot be told from zero)."""
+    # Norms and caps that differ only backwards share the control: no gradient passes them.
+    shared = setting | {"qk_norm": shared_control(setting["qk_norm"]), "cap_backward": "exact"}
+    best = {}
+    for rule, where in (("full", setting), ("none", shared)):
+        part = cases[(cases[[*where, "rule"]] == pd.Series(where | {"rule": rule})).all(axis=1)]
+        losses = [_by_seed(case) for _, case in part.groupby("lr")]
+        best[rule] = min(losses, key=pd.Series.mean, default=pd.Series(dtype=float))
+    worth, low, _ = mean_interval((best["none"] - best["full"]).dropna())
+    return best["full"], worth if low > 0 else math.nan
+
+
+def window_widths(table: pd.DataFrame) -> pd.DataFrame:
+    """One row per setting and rule of ``windows``: the longest run of neighbouring rates inside.
+
+    ``width`` is how many rates it has, ``from_lr`` and ``to_lr`` are its ends; width is NaN where
+    nothing can be told. ``loss`` is that at the rule's own best rate, ``lr``: an optimistic number.
+    """
+    rows = []
+    for key, part in table.groupby([*SETTING, *RULE], sort=False):
+        row = dict(zip([*SETTING, *RULE], key, strict=True))
+        part = part.sort_values("lr")
+        # neighbours are half a power of ten apart
+        inside = part.loc[part["inside"], "lr"]
+        position = (2 * np.log10(inside)).round()
+        runs = [run for _, run in inside.groupby((position.diff() != 1).cumsum())]
+        longest = max(runs, key=len, default=inside)
+        row["width"] = len(longest) if part["share"].notna().any() else math.nan
+        row["from_lr"], row["to_lr"] = longest.min(), longest.max()
+        best = part.loc[part["loss"].idxmin()]
+        rows.append(row | {"runs": part["runs"].sum(), "loss": best["loss"], "lr": best["lr"]})
+    return pd.DataFrame(rows)
+
+
+def window_verdict(on_recall: float, on_text: float) -> str:
+    """The word for a rule's two widths: what was asked is whether dropping the sum ruins learning.
+
+    >>> [window_verdict(3, on_text) for on_text in (2, 1, math.nan)], window_verdict(0, 0)
+    (['tolerable', 'costly', 'cannot tell'], 'catastrophic')
+    """
+    if math.isnan(on_recall) or math.isnan(on_text):
+        return "cannot tell"
+    if min(on_recall, on_text) >= 2:
+        return "tolerable"
+    return "costly" if max(on_recall, on_text) else "catastrophic"
+
+def of_arms(table: pd.DataFrame, task: str, **changes) -> pd.DataFrame:
+    """Those rows of a table of runs, or of ``windows``, that are of a task's ``arms``, by arm.
+
+    They are of the task's usual number of steps, by backpropagation, and of no probe, but for
+    ``changes``; a column ``arm`` names the setting.
+    """
+    usual = USUAL | {"task": task, "steps": TASKS[task].steps} | changes
+    parts = []
+    for arm, setting in arms(task).items():
+        setting = usual | setting
+        parts.append(table[(table[[*setting]] == pd.Series(setting)).all(axis=1)].assign(arm=arm))
+    return pd.concat(parts, ignore_index=True)
+
+
+def plot_windows(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """``share`` at every rate (rows of ``windows`` with a column ``name``); windows are framed.
+
+    A line of cells a ``name``, in the table's order, a column a rate. Of recall the cells have the
+    counts, of text the share; what was not run, or cannot be told, stays blank.
+    """
+    ax = ax or plt.gca()
+    names, rates = [*dict.fromkeys(table["name"])], sorted(table["lr"].unique())
+    shares = table.pivot(index="name", columns="lr", values="share").loc[names, rates]
+    ax.imshow(shares.clip(0, 1), cmap="Blues", vmin=0, vmax=1.6, aspect="auto")  # to write on
+    for cell in table.dropna(subset="share").itertuples():
+        x, y = rates.index(cell.lr), names.index(cell.name)
+        on_recall = isinstance(TASKS[cell.task].data, RecallTask)
+        words = f"{cell.solved}/{cell.runs}" if on_recall else f"{cell.share:.2f}"
+        ax.text(x, y, words, ha="center", va="center", fontsize="small")
+        if cell.inside:
+            frame = {"fill": False, "edgecolor": COLORS["offdiag"], "linewidth": 2}
+            ax.add_patch(plt.Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, **frame))
+    ax.set_xticks(range(len(rates)), [f"{rate:.0e}".replace("e-0", "e-") for rate in rates])
+    ax.set_yticks(range(len(names)), names)
+    ax.tick_params(length=0)
+    ax.grid(visible=False)
+    ax.set_xlabel("learning rate")
+    return ax
 
 
 # --------------------------------------------------------------------------------------------------

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from scipy.stats import norm, ttest_1samp
 
 from data.experiment import (COLUMNS, CURVES, EXPERIMENT, GROUP, SOLVED, SYMPTOMS, TASKS, USUAL,
-                             RecallTask, best_settings, harm_table, headline_table, judged,
-                             load_runs, mending, plot_harm, share_difference, symptoms)
+                             RecallTask, arms, best_settings, harm_table, headline_table, judged,
+                             load_runs, mending, of_arms, plot_harm, plot_windows,
+                             share_difference, symptoms, window_widths, windows)
 from helpers import claim, harm, share_interval, twin
 from model_local import SOFTMAX_BACKWARD, LocalGPT, LocalGPTConfig
 
@@ -415,6 +416,132 @@ def test_a_table_is_read_as_it_was_written_and_a_damaged_one_refused(tmp_path):
         path.write_text(damaged)
         with pytest.raises(ValueError, match=r"runs.csv is damaged: .*take it from git again"):
             load_runs(path=path)
+
+
+# ---- the window of learning rates ----------------------------------------------------------------
+
+
+def on_recall(rule, lr, solved, n, first=200) -> pd.DataFrame:
+    accuracy = [1.0] * solved + [0.4] * (n - solved)
+    return runs(rule, 1.0, range(first, first + n), lr, accuracy=accuracy)
+
+
+def on_text(rule, lr, losses, **changes) -> pd.DataFrame:
+    status = ["ok" if loss < math.inf else "diverged" for loss in losses]
+    changes = {"task": "shakespeare", "accuracy": math.nan, "status": status} | changes
+    return runs(rule, losses, range(200, 200 + len(losses)), lr, **changes)
+
+
+def cells(*parts) -> pd.DataFrame:
+    return windows(pd.concat(parts, ignore_index=True)).set_index(["rule", "lr"])
+
+
+@pytest.mark.parametrize("solved, n, inside", [
+    (4, 4, True), (3, 4, False), (7, 8, True), (6, 8, False), (0, 8, False)])
+def test_a_rate_is_inside_on_recall_if_wilson_s_lower_end_is_above_one_half(solved, n, inside):
+    row = cells(on_recall("zero", 1e-3, solved, n)).loc["zero", 1e-3]
+    assert (row["solved"], row["runs"], row["inside"]) == (solved, n, inside)
+    assert row["share"] == solved / n and (row["low"], row["high"]) == share_interval(solved, n)
+
+
+def test_every_run_counts_once_but_those_that_failed_or_chose_a_setting():
+    old, new = on_recall("zero", 1e-3, 2, 4, first=100), on_recall("zero", 1e-3, 4, 4, first=400)
+    chose = on_recall("zero", 1e-3, 2, 2, first=300)
+    diverged = failed(new, "zero", 400, "diverged", math.inf)
+    diverged["accuracy"] = diverged["accuracy"].where(diverged["status"] == "ok")
+    for parts, counts in (((old, new, chose), (6, 8)), ((old, failed(new, "zero", 400)), (5, 7)),
+                          ((old, diverged), (5, 8))):
+        row = cells(*parts).loc["zero", 1e-3]
+        assert (row["solved"], row["runs"]) == counts
+    assert [*cells(old, on_recall("zero", 1e-4, 3, 3)).index] == [("zero", 1e-3)], "three are few"
+    with pytest.raises(ValueError, match="there twice"):
+        windows(pd.concat([old, old]))
+
+
+SEEDS = np.array([0.0, 0.3, -0.3, 0.1])  # what differs from seed to seed, in all rules alike
+TEXT = [on_text("full", 1e-3, 2 + SEEDS), on_text("full", 1e-4, 2.2 + SEEDS),
+        on_text("none", 1e-3, 3.5 + SEEDS), on_text("none", 1e-4, 3 + SEEDS)]
+NOISE = np.array([0.1, -0.1, 0.1, -0.1])
+
+
+@pytest.mark.parametrize("losses, share, low", [
+    (2.24 + SEEDS, 0.76, 0.76), (2.26 + SEEDS, 0.74, 0.74),
+    (2.1 + SEEDS + NOISE, 0.9, 0.9 - ttest_1samp(NOISE, 0).confidence_interval().high),
+    ([math.inf, 2, 2, 2], -math.inf, -math.inf)], ids=["less", "more", "noisy", "diverged"])
+def test_on_text_a_rate_is_inside_if_it_keeps_three_quarters_of_attention_s_worth(
+        losses, share, low):
+    found = cells(*TEXT, on_text("ste", 3e-4, losses))
+    row = found.loc["ste", 3e-4]
+    assert row["share"] == pytest.approx(share) and row["low"] == pytest.approx(low)
+    assert row["inside"] == (low > 0.75)
+    assert found.loc["full", "share"].tolist() == pytest.approx([1, 0.8])
+
+
+def test_where_attention_is_worth_nothing_on_text_nothing_can_be_told():
+    none = on_text("none", 1e-3, 2 + SEEDS + NOISE)
+    table = windows(pd.concat([*TEXT[:2], none]))
+    assert table["share"].isna().all() and not table["inside"].any()
+    assert window_widths(table)["width"].isna().all()
+    assert windows(pd.concat(TEXT[:2]))["share"].isna().all(), "no control"
+
+
+@pytest.mark.parametrize("own, shared", [
+    ({"qk_norm": "cut_k"}, {"qk_norm": "exact"}), ({"qk_norm": "tangent"}, {"qk_norm": "off"}),
+    ({"score_cap": 2.0, "cap_backward": "cut"}, {"score_cap": 2.0})], ids=str)
+def test_what_differs_only_backwards_shares_the_none(own, shared):
+    parts = [part.assign(**own) for part in TEXT[:2]] + [part.assign(**shared) for part in TEXT[2:]]
+    others = [on_text("none", 1e-3, 9 + SEEDS, **shared | other)
+              for other in ({"method": "fa"}, {"steps": 20}, {"optimizer": "sgd"})]
+    table = windows(pd.concat([*parts, *others, on_text("ste", 1e-3, 2.5 + SEEDS, **own)]))
+    assert table.set_index("rule").loc["ste", "share"] == pytest.approx(0.5)
+
+
+def test_a_window_is_the_longest_run_of_neighbouring_rates():
+    rates = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+
+    def widths(*solved):  # of four runs at each rate; None: not run
+        parts = [on_recall("zero", lr, *counts) for lr, counts in zip(rates, solved, strict=False)
+                 if counts]
+        row = window_widths(windows(pd.concat(parts))).iloc[0]
+        return row["width"], row["from_lr"], row["to_lr"]
+
+    yes, no = (4, 4), (3, 4)
+    assert widths(no, yes, yes, no, yes) == (2, 1e-4, 3e-4)
+    assert widths(yes, None, yes, yes, yes) == (3, 3e-4, 3e-3), "a gap is no neighbour"
+    assert widths(yes, yes, yes, yes, yes, yes)[0] == 6
+    assert widths(no, no)[0] == 0
+
+
+def test_beside_a_window_stands_the_loss_at_the_best_rate_and_rules_are_apart():
+    parts = [runs(rule, loss, range(4), lr, dose=dose) for rule, loss, lr, dose in (
+        ("full", 1.0, 1e-3, 1.0), ("full", 0.5, 1e-4, 1.0), ("dosed", 0.8, 1e-4, 0.2),
+        ("dosed", 0.7, 1e-4, 0.4))]
+    rows = window_widths(windows(pd.concat(parts))).set_index(["rule", "dose"])
+    assert rows["loss"].to_dict() == {("full", 1.0): 0.5, ("dosed", 0.2): 0.8, ("dosed", 0.4): 0.7}
+    assert rows.loc[("full", 1.0), "lr"] == 1e-4 and rows.loc[("full", 1.0), "runs"] == 8
+
+
+@pytest.mark.parametrize("task", ["recall", "shakespeare"])
+def test_arms_are_told_apart_and_probes_and_other_methods_left_out(task):
+    settings = {arm: {"task": task, "steps": TASKS[task].steps} | change
+                for arm, change in arms(task).items()}
+    table = pd.concat([runs(seeds=[i, 9], **change) for i, change in enumerate(settings.values())]
+                      + [runs(**settings["off"] | other) for other in (
+                          {"method": "fa"}, {"steps": 7}, {"dose": 0.5}, {"score_cap": 7.0})])
+    found = of_arms(table, task)
+    assert found.groupby("arm", sort=False)["seed"].first().to_dict() == {
+        arm: i for i, arm in enumerate(settings)}
+    assert len(found) == 2 * len(settings) and len(of_arms(table, task, method="fa")) == 2
+
+
+def test_the_figure_of_windows_frames_them_and_writes_what_was_run():
+    table = windows(pd.concat([on_recall("zero", 1e-3, 8, 8), on_recall("zero", 1e-4, 2, 8),
+                               on_recall("full", 1e-3, 4, 4)])).assign(name=lambda t: t["rule"])
+    ax = plot_windows(table)
+    words = {tuple(text.get_position()): text.get_text() for text in ax.texts}
+    assert words == {(1, 0): "8/8", (0, 0): "2/8", (1, 1): "4/4"}
+    assert sorted(round(frame.get_x() + 0.46) for frame in ax.patches) == [1, 1]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["1e-4", "1e-3"]
 
 
 # ---- what is mended ------------------------------------------------------------------------------
