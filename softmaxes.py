@@ -26,10 +26,7 @@ from torch.utils import checkpoint as checkpoints
 
 from model_local import attention_weights, full
 
-# What hides a key is written as -inf, as a type's least number, or as -10,000 or -100, added to the
-# score: then the weight is no normal number of float32. Where all scores are the least, the query
-# is padding.
-TINY, LEAST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float16).min / 2
+TINY = torch.finfo(torch.float32).tiny  # a weight below this is that of a hidden key
 
 
 class FusedCall(NamedTuple):
@@ -77,15 +74,21 @@ class FusedCall(NamedTuple):
                 scores = scores + mask
         scores = scores.masked_fill(~visible, -math.inf)
         if self.attn_mask is not None and self.attn_mask.dtype != torch.bool:
-            visible = visible & visible_keys(scores)
+            visible = visible & visible_keys(scores, self.attn_mask.dtype)
         return scores, visible
 
 
-def visible_keys(scores: Tensor) -> Tensor:
-    """Which keys (B, H, T_q, T_k) are not hidden by their scores."""
+def visible_keys(scores: Tensor, dtype: torch.dtype) -> Tensor:
+    """Which keys (B, H, T_q, T_k) are not hidden by their scores, masked by numbers of ``dtype``.
+
+    No score hides a key by itself: -10,000 and -100 do, and a model may have -110,000 on a key that
+    it sees. But it does by its weight, in float32 at least: half precision has zeros elsewhere. If
+    all scores of a query are about the type's least number, it is padding, and sees none.
+    """
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     log_weights = scores - scores.logsumexp(-1, keepdim=True)
-    return ~(log_weights < math.log(TINY)) & ~(scores <= LEAST).all(-1, keepdim=True)
+    least = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min) / 2
+    return ~(log_weights < math.log(TINY)) & ~(scores <= least).all(-1, keepdim=True)
 
 
 def softmax_or_nothing(scores: Tensor) -> Tensor:
@@ -211,8 +214,9 @@ class Softmaxes(TorchFunctionMode):
             return func(input, dim, *args, **kwargs)
         scores = input if is_batched else input.unflatten(0, (-1, self.n_heads))
         self._admit(scores)
-        return self.weights(scores, visible_keys(scores),
-                            lambda scores: func(scores, -1, *args, **kwargs), None).view_as(input)
+        attn = self.weights(scores, visible_keys(scores, scores.dtype),
+                            lambda scores: func(scores, -1, *args, **kwargs), None)
+        return attn.view_as(input)
 
     def _inside(self, func, *args, **kwargs):
         # These call a softmax, which this mode would not see: it is off here, inside its handler.
@@ -232,7 +236,7 @@ class Softmaxes(TorchFunctionMode):
         if torch._C._are_functorch_transforms_active():
             why = "is run by torch.func (grad, vmap, ...): take gradients by loss.backward()"
         elif torch.compiler.is_compiling() or "compile_wrapper" in callers:
-            why = "is in a function made by torch.compile: call the one that it was made of"
+            why = "is in a function that torch.compile made: call the one that it was made of"
         elif x.is_nested:
             why = "is of nested tensors: pad them"
         elif x.dim() != 4 or heads not in (0, x.shape[1]):
