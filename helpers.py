@@ -577,8 +577,12 @@ def capture_attention(model: nn.Module, maps=False, only="") -> Iterator[list[Ca
     ``maps`` the maps of the last one. ``only`` is a regular expression that names are to match.
 
     A fused attention stays fused, but for maps, with dropout and under a ``softmax_rule``. On
-    leaving, also after an exception, the model and PyTorch are as they were. Raises ValueError on a
-    compiled model, RuntimeError if no attention was found.
+    leaving, also after an exception, the model and PyTorch are as they were. Raises ValueError,
+    before the pass goes on, on what is compiled, nested, run by ``torch.func``, or has another
+    second axis than the model's heads; RuntimeError if no attention was found, and on a gradient
+    that is to be differentiated. Softmaxes of other shapes are let through, a warning names them.
+    What has the shape of attention is taken for it: over features, too (as in linear attention),
+    with windows in the batch axis, or where positions are as many as heads.
 
     >>> model = LocalGPT(LocalGPTConfig(block_size=8, vocab_size=10, n_layer=1, n_head=2, n_embd=8))
     >>> idx = torch.arange(8)[None]
@@ -600,7 +604,8 @@ def softmax_rule(model: nn.Module, name: str, only: str = "") -> Iterator[None]:
     """Inside the block all attentions of ``model`` send errors back by a ``SOFTMAX_BACKWARD``.
 
     See ``capture_attention`` for what is an attention, for ``only`` and for what is refused;
-    ValueError also on a rule that is not known, or that has a memory.
+    ValueError also on a rule that is not known, or that has a memory. In a mixture of softmaxes
+    ``none`` cuts off all that stands before its weights.
     """
     rules = {key: rule for key, rule in SOFTMAX_BACKWARD.items() if not hasattr(rule, "start")}
     if name not in rules:
