@@ -383,7 +383,7 @@ def test_after_an_exception_all_is_as_it_was_and_other_peoples_hooks_stay(watch,
 
 # --- models of others: right, or refused before the pass goes on ----------------------------------
 
-WATCHES = [capture_attention, lambda model: softmax_rule(model, "diagonal")]
+WATCHES = [capture_attention, functools.partial(softmax_rule, name="diagonal")]
 FULL = torch.ones(T, T, dtype=torch.bool)
 
 
@@ -517,7 +517,7 @@ def test_what_was_let_through_is_named_unless_only_leaves_it_out():
     model.append(Calling(lambda x: x.softmax(1), [(B, H, T, D)]))
     model.append(Calling(lambda x: x.softmax(-1), [(T, D)]))  # a router, or classes
     model.forward = lambda: sum(weighed(part()) for part in model)
-    for watch in (capture_attention, functools.partial(softmax_rule, name="diagonal")):
+    for watch in WATCHES:
         passed = r"in '1' on \(1, 2, 4, 6, 6\), '2' on \(2, 4, 6, 8\): if"
         with pytest.warns(UserWarning, match=passed) as found, watch(model):
             model().backward()
@@ -527,8 +527,7 @@ def test_what_was_let_through_is_named_unless_only_leaves_it_out():
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
-@pytest.mark.parametrize("watch", [
-    capture_attention, functools.partial(softmax_rule, name="diagonal")])
+@pytest.mark.parametrize("watch", WATCHES)
 def test_where_no_attention_is_seen_a_rule_says_so_too(watch):
     unseen = "no attention was seen: none of PyTorch's softmaxes"
     layer = nn.TransformerEncoderLayer(16, H, 8, dtype=torch.float64, batch_first=True).eval()
