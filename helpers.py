@@ -19,13 +19,12 @@ import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from decimal import Decimal
 from numbers import Integral, Real
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
-from unittest import mock
 
 import numba
 import numpy as np
@@ -36,12 +35,12 @@ from matplotlib_inline.config import InlineBackend
 from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 import model_local
 from model_local import (SOFTMAX_BACKWARD, LocalGPT, LocalGPTConfig, attention_weights, diagonal,
                          full)
+from softmaxes import TINY, FusedCall, Softmaxes, softmax_or_nothing
 
 ROOT = Path(__file__).resolve().parent
 DATA = ROOT / "data"
@@ -419,10 +418,11 @@ def _load_checkpoint(path: Path) -> dict | None:
 class CapturedAttention:
     """One attention of a model, a softmax over keys, in the passes that a capture has seen.
 
-    ``sums`` are those of all passes whose gradients arrived, see ``head_sums``. Maps, where kept,
-    are ``scores`` (``-inf`` on keys that the query may not see), ``attn``, ``grad`` = dL/dA (B, H,
-    T_q, T_k) and ``visible`` (boolean, broadcasts to that) of the pass whose gradient arrived last,
-    or of a later forward pass. Reading what was not captured is a RuntimeError that says why.
+    ``sums`` are those of all passes whose gradients arrived, see ``head_sums``; ``shape`` is that
+    of the last one's scores, (B, H, T_q, T_k). Maps, where kept, are ``scores`` as the model masks
+    them, ``attn``, ``grad`` = dL/dA (B, H, T_q, T_k) and ``visible`` (boolean, broadcasts to that)
+    of the pass whose gradient arrived last, or of a later forward pass. Reading what was not
+    captured is a RuntimeError that says why.
     """
 
     scores = property(lambda self: self._read("scores"))
@@ -432,6 +432,7 @@ class CapturedAttention:
 
     def __init__(self, name: str, keep_maps: bool) -> None:
         self.name, self.keep_maps = name, keep_maps
+        self.shape: tuple[int, ...] | None = None
         self.kept: dict = {}  # the maps by name, or a list of sums
         self.why_no_grad = ""
 
@@ -457,7 +458,7 @@ class _Watched(torch.autograd.Function):
     def forward(ctx, x: Tensor, arrived: Callable[..., None], *seen: Tensor | None) -> Tensor:
         ctx.arrived = arrived
         ctx.save_for_backward(*seen)  # in the graph alone: freed or recomputed with it
-        return x.view_as(x)
+        return x.detach()  # what follows may change it in place, which a view would not allow
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -466,177 +467,33 @@ class _Watched(torch.autograd.Function):
         return grad, None, *(None for _ in seen)
 
 
-class _Softmaxes(TorchFunctionMode):
-    """While a module of ``model`` is at work, every softmax over keys in it is made by ``weights``.
-
-    That takes the arguments of ``attention_weights`` (send_back=None: by autograd). A mode like
-    this is offered every call of a PyTorch function, by whatever name the model has imported it. It
-    is off inside its own handlers: what these call is seen by an outer mode alone, so captures and
-    rules can be nested in any order.
-    """
-
-    def __init__(self, model: nn.Module, only: str, weights: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.model, self.only, self.weights = model, only, weights
-        self.at_work: list[str] = []  # names of modules, the innermost last
-        self.used: dict[str, int] = {}  # how many attentions a module has had in this pass
-        self.has_run = False
-        self.n_heads = 0  # of scores (B * H, T_q, T_k); 0: there are none
-
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        with ExitStack() as hooks:  # which takes them off again, whatever happens
-            for name, module in self.model.named_modules():
-                if hasattr(module, "_orig_mod") or module._compiled_call_impl:
-                    raise ValueError(f"{name or type(module).__name__!r} is compiled, so nothing "
-                                     "is seen in it: use the model as it was before torch.compile")
-                enter = functools.partial(self._enter, name)
-                hooks.enter_context(module.register_forward_pre_hook(enter))
-                hooks.enter_context(module.register_forward_hook(self._leave, always_call=True))
-            hooks.callback(self._end)
-            yield
-
-    # Hooks enter and leave the mode, by bare __enter__ and __exit__: so it is off for all that is
-    # not this model's, and on again where a checkpoint, in the backward pass, calls a module once
-    # more to recompute its activations.
-
-    def _enter(self, name: str, module, inputs) -> None:
-        if not self.at_work:
-            self.used.clear()
-            self.has_run = True
-            self.__enter__()
-        self.at_work.append(name)
-
-    def _leave(self, module, inputs, output) -> None:
-        self.at_work.pop()
-        if not self.at_work:
-            self.__exit__(None, None, None)
-
-    def _end(self) -> None:
-        if self.at_work:  # interrupted inside a module: PyTorch calls no hook then
-            self.at_work.clear()
-            self.__exit__(None, None, None)
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", None)
-        if not re.search(self.only, self.at_work[-1]):
-            return func(*args, **kwargs)
-        # Modes are offered PyTorch's own functions alone; attention_weights, which is ours, offers
-        # itself by torch.overrides.handle_torch_function.
-        if func is attention_weights:
-            return self.weights(*args, **kwargs)
-        if name == "scaled_dot_product_attention":
-            return self.fused(func, _FusedCall(*args, **kwargs).cast())
-        if name == "multi_head_attention_forward":
-            return self._multi_head(func, *args, **kwargs)
-        if name == "softmax":  # of torch, of torch.nn.functional, or of a tensor
-            return self._softmax(func, *args, **kwargs)
-        return func(*args, **kwargs)
-
-    def fused(self, attention: Callable[..., Tensor], given: _FusedCall) -> Tensor:
-        """The output of ``F.scaled_dot_product_attention`` by way of weights that can be seen."""
-        with torch.autocast(given.query.device.type, enabled=False):
-            call = given.in_full()
-            scores, visible = call.scores()
-            attn = self.weights(scores, visible, _softmax_or_nothing, full)
-            out = (F.dropout(attn, call.dropout_p) @ call.value).to(given.value.dtype)
-        return out[(0,) * (4 - given.query.dim())]
-
-    def _softmax(self, func, input: Tensor, dim: int | None = None, *args, **kwargs):
-        n_heads = input.shape[1] if input.dim() == 4 else self.n_heads
-        if dim not in (-1, input.dim() - 1) or not n_heads:
-            return func(input, dim, *args, **kwargs)  # of a mixture's experts, say: no attention
-        scores = input.view(-1, n_heads, *input.shape[-2:])
-        return self.weights(scores, scores > MASKED,
-                            lambda scores: func(scores, -1, *args, **kwargs), None).view_as(input)
-
-    def _multi_head(self, func, query, key, value, embed_dim, num_heads, *args, **kwargs):
-        # This mode is off here, inside its handler, and would not see the softmax inside; on, it
-        # would be offered the whole function again, without end. So that one is told not to offer
-        # itself: it asks F.has_torch_function, and the functions that it calls ask by other names.
-        with (self, mock.patch.object(self, "n_heads", num_heads),
-              mock.patch.object(F, "has_torch_function", return_value=False)):
-            return func(query, key, value, embed_dim, num_heads, *args, **kwargs)
-
-
-MASKED = torch.finfo(torch.float16).min / 2  # a score below hides its key: -inf, or a type's least
 TILE = 2**21  # pairs of a query and a key whose maps are made at once: 8 MB each in float32
 
 
-class _FusedCall(NamedTuple):
-    """What ``F.scaled_dot_product_attention`` is called with: see there for the arguments."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    attn_mask: Tensor | None = None
-    dropout_p: float = 0.0
-    is_causal: bool = False
-    scale: float | None = None
-    enable_gqa: bool = False
-
-    def cast(self) -> _FusedCall:
-        """To the type that autocast would choose."""
-        device = self.query.device.type
-        if self.query.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-            return self
-        return _FusedCall(*(x.to(torch.get_autocast_dtype(device)) for x in self[:3]), *self[3:])
-
-    def in_full(self) -> _FusedCall:
-        """As kernels compute: in float32 at least, each head of queries with its keys; batched."""
-        tensors = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in self[:3]]
-        query, key, value = (x[(None,) * (4 - x.dim())] for x in tensors)
-        if self.enable_gqa:  # query heads 0, 1, ... share the first head of the keys, and so on
-            n = query.shape[-3] // key.shape[-3]
-            key, value = key.repeat_interleave(n, -3), value.repeat_interleave(n, -3)
-        scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
-        return self._replace(query=query, key=key, value=value, scale=scale, enable_gqa=False)
-
-    def scores(self, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """Of the queries in ``rows``, masked by ``-inf``, and which keys they see."""
-        # causal scores end with the last key that one of the queries sees
-        keys = slice(rows.stop if self.is_causal else None)
-        scores = self.query[..., rows, :] @ self.key[..., keys, :].mT * self.scale
-        visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
-        if self.is_causal:
-            visible = visible.tril(rows.start or 0)
-        if self.attn_mask is not None:
-            whole = self.query.shape[-2], self.key.shape[-2]
-            mask = self.attn_mask.expand(*self.attn_mask.shape[:-2], *whole)[..., rows, keys]
-            if mask.dtype == torch.bool:
-                visible = visible & mask
-            else:
-                scores, visible = scores + mask, visible & (mask > MASKED)
-        return scores.masked_fill(~visible, -math.inf), visible
-
-
 @torch.no_grad()
-def _fused_sums(call: _FusedCall, grad_out: Tensor) -> Tensor:
+def _fused_sums(call: FusedCall, grad_out: Tensor) -> Tensor:
     """``head_sums`` of a fused attention, of as many queries at a time as ``TILE`` holds.
 
     Both maps follow from what it is given: ``A = softmax(scores)`` and ``dL/dA = dO V^T``. Weights
     end where a causal mask hides all further keys, dL/dA does not.
     """
-    call, grad_out = call.in_full(), grad_out[(None,) * (4 - grad_out.dim())]
-    B, H, T_q, _ = call.query.shape
-    n = max(1, TILE // (B * H * call.key.shape[2]))
+    call = call.in_full()
+    B, H, T_q, _ = grad_out.shape
+    n = max(1, TILE // max(1, B * H * call.key.shape[-2]))
     sums = 0
     with torch.autocast(grad_out.device.type, enabled=False):
-        for start in range(0, T_q, n):
+        for start in range(0, max(1, T_q), n):
             rows = slice(start, start + n)
             scores, visible = call.scores(rows)
             grad = grad_out[:, :, rows].to(call.value) @ call.value.mT
-            sums = sums + head_sums(_softmax_or_nothing(scores), grad, visible)
+            # weights that several sequences or heads share have the sum of their gradients
+            grad = grad.sum_to_size(*scores.shape[:2], *grad.shape[2:])
+            attn = softmax_or_nothing(scores.masked_fill(~visible, -math.inf))
+            sums = sums + head_sums(attn, grad, visible)
     return sums
 
 
-def _softmax_or_nothing(scores: Tensor) -> Tensor:
-    """A query that may see no key, as in padding, attends to none."""
-    return scores.softmax(-1).masked_fill((scores == -math.inf).all(-1, keepdim=True), 0.0)
-
-
-class _Capture(_Softmaxes):
+class _Capture(Softmaxes):
     """Shows every attention to a ``CapturedAttention``, by the name of the module at work."""
 
     def __init__(self, model: nn.Module, only: str, maps: bool) -> None:
@@ -659,6 +516,7 @@ class _Capture(_Softmaxes):
             sees_some = visible.any(-1, keepdim=True)
             if not sees_some.all():  # a padded query, whatever the model makes of it
                 attn = attn.masked_fill(~sees_some, 0.0)
+            layer.shape = tuple(attn.shape)
             if maps:
                 layer.kept = maps | {"attn": attn, "grad": grad}
             else:
@@ -666,23 +524,33 @@ class _Capture(_Softmaxes):
 
         return self._watch(layer, attn, arrived, attn.detach(), visible)
 
-    def fused(self, attention, call: _FusedCall) -> Tensor:
+    def fused(self, attention, call: FusedCall) -> Tensor:
         if self.maps or call.dropout_p > 0:  # what dropout left, the kernel tells nobody
             return super().fused(attention, call)
         layer, options = self._layer(), call[4:]
 
         def arrived(grad: Tensor, *tensors: Tensor | None) -> None:
-            sums = _fused_sums(_FusedCall(*tensors, *options), grad)
+            sums = _fused_sums(FusedCall(*tensors, *options), grad)
+            layer.shape = (*sums.shape[:2], tensors[0].shape[-2], tensors[1].shape[-2])
             layer.kept.setdefault("sums", []).append(sums)
 
         tensors = [x if x is None else x.detach() for x in call[:4]]
         return self._watch(layer, attention(**call._asdict()), arrived, *tensors)
 
     def _watch(self, layer: CapturedAttention, x: Tensor, arrived, *seen: Tensor | None) -> Tensor:
+        def passing(*arguments) -> None:
+            if self.is_open and torch.is_grad_enabled():
+                raise RuntimeError(f"create_graph=True: the gradient at {layer.name!r} is to be "
+                                   "differentiated itself, and then the softmax's Jacobian is not "
+                                   "all that links its weights to its scores: take a penalty on "
+                                   "gradients outside of the 'with' block")
+            if self.is_open:
+                arrived(*arguments)
+
         if x.requires_grad:
             layer.why_no_grad = ("call loss.backward() inside the 'with' block, on a loss that "
                                  "depends on this layer")
-            return _Watched.apply(x, lambda *seen: arrived(*seen) if self.is_open else None, *seen)
+            return _Watched.apply(x, passing, *seen)
         layer.why_no_grad = "the pass ran under torch.no_grad(), or every parameter is frozen"
         return x
 
@@ -709,8 +577,12 @@ def capture_attention(model: nn.Module, maps=False, only="") -> Iterator[list[Ca
     ``maps`` the maps of the last one. ``only`` is a regular expression that names are to match.
 
     A fused attention stays fused, but for maps, with dropout and under a ``softmax_rule``. On
-    leaving, also after an exception, the model and PyTorch are as they were. Raises ValueError on a
-    compiled model, RuntimeError if no attention was found.
+    leaving, also after an exception, the model and PyTorch are as they were. Raises ValueError,
+    before the pass goes on, on what is compiled, nested, run by ``torch.func``, or has another
+    second axis than the model's heads; RuntimeError if no attention was found, and on a gradient
+    that is to be differentiated. Softmaxes of other shapes are let through, a warning names them.
+    What has the shape of attention is taken for it: over features, too (as in linear attention),
+    with windows in the batch axis, or where positions are as many as heads.
 
     >>> model = LocalGPT(LocalGPTConfig(block_size=8, vocab_size=10, n_layer=1, n_head=2, n_embd=8))
     >>> idx = torch.arange(8)[None]
@@ -725,13 +597,6 @@ def capture_attention(model: nn.Module, maps=False, only="") -> Iterator[list[Ca
             yield capture.layers
     finally:
         capture.is_open = False
-    if not capture.layers:
-        why = ("none of PyTorch's softmaxes was called on scores (B, H, T_q, T_k)"
-               if capture.has_run else "no module was called")
-        where = f" in a module whose name matches {only!r}" if only else ""
-        raise RuntimeError(f"{type(model).__name__}: no attention was seen: {why}{where}. A fused "
-                           "kernel that is called directly cannot be: choose the model's eager or "
-                           "sdpa implementation")
 
 
 @contextmanager
@@ -739,7 +604,8 @@ def softmax_rule(model: nn.Module, name: str, only: str = "") -> Iterator[None]:
     """Inside the block all attentions of ``model`` send errors back by a ``SOFTMAX_BACKWARD``.
 
     See ``capture_attention`` for what is an attention, for ``only`` and for what is refused;
-    ValueError also on a rule that is not known, or that has a memory.
+    ValueError also on a rule that is not known, or that has a memory. In a mixture of softmaxes
+    ``none`` cuts off all that stands before its weights.
     """
     rules = {key: rule for key, rule in SOFTMAX_BACKWARD.items() if not hasattr(rule, "start")}
     if name not in rules:
@@ -753,7 +619,7 @@ def softmax_rule(model: nn.Module, name: str, only: str = "") -> Iterator[None]:
     def weights(scores, visible, activation, _) -> Tensor:
         return attention_weights(scores, visible, activation, send_back)
 
-    with _Softmaxes(model, only, weights).attached():
+    with Softmaxes(model, only, weights).attached():
         yield
 
 
@@ -805,26 +671,28 @@ def head_sums(attn: Tensor, grad: Tensor, visible: Tensor) -> Tensor:
     """The sums that ``head_energy`` is made of: (B, H, len(SUMS)) in float64.
 
     Those of further queries add to them, those of further sequences are appended. ``attn`` may end
-    before ``grad`` does: all keys behind are masked. ValueError on what is no softmax of attention.
+    before ``grad`` does: all keys behind are masked. ValueError on what is no softmax of attention;
+    where values are not finite, nor are the sums.
     """
+    if not attn.numel():
+        return torch.zeros(*attn.shape[:2], len(SUMS), dtype=torch.float64)
     # float32 at least, which holds half precision without loss; the kernel wants four axes
     maps = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in (attn, grad)]
     seen = visible[(None,) * (4 - visible.dim())]
     seen = seen.expand(*seen.shape[:3], attn.shape[-1]).contiguous().view(torch.uint8)
     arrays = [x.cpu().contiguous().numpy() for x in (*maps, seen)]
     sums, off, hidden = (torch.from_numpy(x) for x in _map_sums(*arrays))
-    if not off.max() <= 2**-7:  # what bfloat16 leaves of a sum of 1; NaN fails too
+    if (hidden > TINY * max(attn.shape[-2:]) ** 2).any():
+        raise ValueError("attn is not zero on masked keys: pass as visible= the keys that queries "
+                         "may see in the model, for an encoder torch.ones(T, T, dtype=torch.bool)")
+    if (off > 2**-7).any():  # what bfloat16 leaves of a sum of 1
         raise ValueError("the rows of attn are not weights that sum to 1: expected a softmax's")
-    if hidden.any():
-        raise ValueError("attn is not zero on masked keys: pass the visible keys the model used")
-    if not sums.isfinite().all():
-        raise ValueError("grad holds values that are not finite, or whose squares are not")
 
     # What rounding makes of f = J g: relative errors u of g give
     # u^2 sum_k |J's column k|^2 g_k^2 <= 2 u^2 |d|^2, those of a, whose rows sum to 1, 2 u^2 |f|^2.
     # Near zero errors are absolute, the smallest step of the type. float64 adds its own.
     types = [torch.finfo(x.dtype) for x in (attn, grad)]
-    u = max(off.max().item(), types[0].eps / 2, types[1].eps / 2)
+    u = max(off.nan_to_num(0.0).max().item(), types[0].eps / 2, types[1].eps / 2)
     step_a, step_g = (each.smallest_normal * each.eps for each in types)
     ff, dd, ee, rows = (sums[..., SUMS.index(name)] for name in ("ff", "dd", "ee", "rows"))
     noise = 2 * u**2 * (ff + dd) + (step_a**2 + EPS64**2) * ee + step_g**2 / 8 * rows
@@ -955,7 +823,7 @@ def head_energy(attn: Tensor, grad: Tensor, visible: Tensor | None = None, n_boo
         visible = torch.ones(attn.shape[2:], dtype=torch.bool, device=attn.device).tril()
     fits = _is_mask(visible, attn.shape) and visible.dtype == torch.bool
     _expect(fits, f"a boolean torch tensor that broadcasts to {tuple(attn.shape)}", visible=visible)
-    return _energies(head_sums(attn, grad, visible), n_boot, seed)
+    return _energies(_finite(head_sums(attn, grad, visible)), n_boot, seed)
 
 
 def attention_energy(query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor,
@@ -978,18 +846,40 @@ def attention_energy(query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor
     pairs = size["B"], size["H"], size["T_q"], size["T_k"]
     _expect(attn_mask is None or _is_mask(attn_mask, pairs),
             f"a mask, boolean or of scores, that broadcasts to {pairs}", attn_mask=attn_mask)
-    call = _FusedCall(query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa)
-    return _energies(_fused_sums(call, grad_out), n_boot, seed)
+    call = FusedCall(query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa)
+    return _energies(_finite(_fused_sums(call, grad_out)), n_boot, seed)
 
 
 def energy_table(layers: Iterable[CapturedAttention], n_boot=1000, seed=0) -> pd.DataFrame:
-    """``head_energy`` of captured layers and all their passes, one row a (layer, head)."""
-    tables = [_energies(layer.sums, n_boot, seed) for layer in layers]
+    """``head_energy`` of captured layers and all their passes, one row a (layer, head).
+
+    ``attrs["shapes"]`` are the layers' own. A head that a value reached which is not finite, as in
+    the first steps under a GradScaler, is undefined, and a warning says so.
+    """
+    tables, shapes = [], []
+    for i, layer in enumerate(layers):
+        sums = layer.sums
+        lost = ~sums.isfinite().all(-1).all(0)
+        if lost.any():
+            warnings.warn(f"layer {i}, heads {lost.nonzero().flatten().tolist()}: weights or "
+                          "gradients were not finite in a pass, so their figures are undefined",
+                          stacklevel=2)
+        table = _energies(sums, n_boot, seed)
+        table.insert(0, "layer", i)
+        tables.append(table)
+        shapes.append(getattr(layer, "shape", None))
     if not tables:
         raise ValueError("no layer was given: a table needs one or more")
-    for i, table in enumerate(tables):
-        table.insert(0, "layer", i)
-    return pd.concat(tables, ignore_index=True)
+    table = pd.concat(tables, ignore_index=True)
+    table.attrs["shapes"] = shapes
+    return table
+
+
+def _finite(sums: Tensor) -> Tensor:
+    if not sums.isfinite().all():
+        raise ValueError("attn holds NaN, not weights that sum to 1, or grad values that are not "
+                         "finite, or whose squares are not")
+    return sums
 
 
 def _energies(sums: Tensor, n_boot: int, seed: int) -> pd.DataFrame:
@@ -997,6 +887,9 @@ def _energies(sums: Tensor, n_boot: int, seed: int) -> pd.DataFrame:
     if not isinstance(n_boot, Integral) or n_boot < 1:
         raise ValueError(f"n_boot={n_boot}: an interval needs resamples, a thousand or so")
     B, H, _ = sums.shape
+    if not B:
+        raise ValueError("no sequence was seen: every batch was empty")
+    sums = sums.where(sums.isfinite().all(-1, keepdim=True).all(0), math.nan)
     columns = np.moveaxis(sums.numpy(), -1, 0)  # (B, H) each
     ff, dd, df, ee, gg, gf, entropy, attn_max, several, rows, pairs, noise = columns
 

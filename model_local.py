@@ -363,7 +363,8 @@ class _RuledWeights(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        _refuse_second_derivative()
+        if ctx.send_back is not full:  # which is the derivative, and has one of its own
+            _refuse_second_derivative()
         attn, visible = ctx.saved_tensors
         return ctx.send_back(attn, grad, visible), None, None, None
 

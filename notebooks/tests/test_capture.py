@@ -3,8 +3,13 @@
 Independent ways: dO V^T, the slope of the loss, and the weights that a model returns.
 """
 
+import copy
 import functools
+import io
 import math
+import re
+import warnings
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -13,10 +18,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from helpers import capture_attention, capture_batch, energy_table, head_energy, softmax_rule
+from helpers import (capture_attention, capture_batch, energy_table, head_energy, head_sums,
+                     softmax_rule)
 from model_local import SOFTMAX_BACKWARD, LocalGPT, LocalGPTConfig, attention_weights
 
 B, H, T, D = 2, 4, 6, 8
+MATH = nn.attention.SDPBackend.MATH
 ORIGINALS = {name: getattr(F, name) for name in (
     "softmax", "scaled_dot_product_attention", "has_torch_function")}
 X = torch.randn(B, T, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -372,6 +379,281 @@ def test_after_an_exception_all_is_as_it_was_and_other_peoples_hooks_stay(watch,
     assert list(model._forward_hooks) == [theirs.id]
     theirs.remove()
     assert_as_it_was(model)
+
+
+# --- models of others: right, or refused before the pass goes on ----------------------------------
+
+WATCHES = [capture_attention, functools.partial(softmax_rule, name="diagonal")]
+FULL = torch.ones(T, T, dtype=torch.bool)
+
+
+class Calling(nn.Module):
+    """A module that attends by a function of queries, keys and values that are its parameters."""
+
+    def __init__(self, attend=None, shapes=((B, H, T, D),) * 3, **attributes):
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        self.parts = nn.ParameterList(
+            torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+        self.attend = attend
+        vars(self).update(attributes)
+
+    def forward(self):
+        return self.attend(*self.parts)
+
+
+def weighed(out):
+    return (out * torch.linspace(-1, 2, out.numel(), dtype=out.dtype).sin().view_as(out)).sum()
+
+
+def sums_of(model, maps=False):
+    with capture_attention(model, maps) as layers:
+        weighed(model()).backward()
+    return layers[0].sums
+
+
+def adding(mask, softmax=torch.softmax):
+    return lambda q, k, v: softmax(q @ k.mT / math.sqrt(D) + mask, -1) @ v
+
+
+@pytest.mark.parametrize("number", [-100.0, -1e4, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("way", [lambda mask: sdpa(attn_mask=mask), adding], ids=["fused", "eager"])
+def test_a_key_is_hidden_by_whatever_number(way, number):
+    found = []
+    for hides in (-math.inf, number):
+        mask = torch.where(LOWER & (torch.arange(T) < 3), 0.0, hides).double()
+        model = Attention(way(mask))
+        with capture_attention(model) as layers:
+            gradients(model)
+        found.append([layers[0].sums])
+        for rule in ("ste", "mean", "balanced_evenly"):
+            with softmax_rule(model, rule):
+                found[-1] += gradients(model)
+    assert_all_close(*found)
+
+
+@pytest.mark.parametrize("way", [lambda mask: sdpa(attn_mask=mask), adding], ids=["fused", "eager"])
+def test_no_key_is_hidden_by_its_score_alone_or_by_half_precision(way):
+    # in a head of Pythia-70m all scores are about -110,208
+    shifted = [sums_of(Calling(way(torch.full((T, T), by).double()))) for by in (0.0, -110208.0)]
+    torch.testing.assert_close(*shifted, atol=1e-9, rtol=1e-6)
+    model = Calling(way(-20 * (1 - torch.eye(T)).half())).half()  # exp(-20) is zero in half
+    with capture_attention(model, maps=True) as layers:
+        model().sum().backward()
+    assert layers[0].visible.all() and (way is not adding or not layers[0].attn.all())
+
+
+@pytest.mark.parametrize("shared", ["q", "k", "v", "qk", "kv", "qv"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_weights_that_are_shared_get_the_sum_of_their_gradients(shared, axis):
+    shapes = [[B, H, T, D] for _ in "qkv"]
+    for name, shape in zip("qkv", shapes, strict=True):
+        shape[axis] = 1 if name in shared else shape[axis]
+    q, k, v = Calling(None, shapes).parts
+    attn = (q @ k.mT / math.sqrt(D)).softmax(-1)
+    attn.retain_grad()
+    weighed(attn @ v).backward()
+    expected = head_sums(attn.detach(), attn.grad, FULL)
+    for maps in (False, True):
+        torch.testing.assert_close(sums_of(Calling(sdpa(), shapes), maps), expected)
+
+
+@pytest.mark.parametrize("watch", WATCHES)
+def test_attention_whose_heads_cannot_be_told_is_refused_by_its_name(watch):
+    went_on = []
+
+    def attend(*parts):
+        went_on.append(sdpa()(*parts))
+
+    for shape in ((B, T, D), (B, 3, H, T, D)):
+        reason = rf"attention of 'attend' has shape {re.escape(str(shape))}.* leave it out by only="
+        model = Calling(Calling(attend, [shape] * 3), [])
+        with pytest.raises(ValueError, match=reason), watch(model):
+            model()
+    jagged = torch.nested.nested_tensor([torch.ones(n, H, D) for n in (2, 5)], layout=torch.jagged)
+    with pytest.raises(ValueError, match="nested tensors"), watch(model := Calling(attend, [])):
+        model.attend = lambda: attend(*[jagged.transpose(1, 2)] * 3)
+        model()
+    assert not went_on
+
+
+@pytest.mark.parametrize("maps", [True, False])
+@pytest.mark.parametrize("attend", [sdpa(), adding(0.0)], ids=["fused", "eager"])
+def test_an_empty_batch_adds_nothing(attend, maps):
+    empty = Calling(attend, [(0, H, T, D)] * 3)
+    assert sums_of(empty, maps).shape[:2] == (0, H)
+    with pytest.raises(ValueError, match="every batch was empty"):
+        energy_table([SimpleNamespace(sums=sums_of(empty, maps))])
+
+
+LAYOUTS = {"window": (B, T, H, 3), "batch second": (H, B, T, T), "landmarks": (B * H, 3, 2, 4)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["num_heads", "n_head", "heads", "nhead", "num_attention_heads"])
+def test_scores_are_compared_with_how_many_heads_the_model_says_it_has(name, layout):
+    shape = LAYOUTS[layout]
+
+    def model_with(n_heads):
+        inner = Calling(lambda scores: scores.softmax(-1), [shape])
+        in_config = SimpleNamespace(**{name: n_heads})
+        here, above = Calling(inner, [], **{name: n_heads}), Calling(inner, [], config=in_config)
+        own = Calling(inner.attend, [shape], config=SimpleNamespace(**{name: n_heads}))
+        return own, here, above
+
+    for watch in WATCHES:
+        for model in model_with(5):
+            reason = rf"'(attend)?' has shape {re.escape(str(shape))}, and not \(batch, 5"
+            with pytest.raises(ValueError, match=reason), watch(model):
+                model()
+    for model in model_with(shape[1]):
+        with capture_attention(model) as layers:
+            weighed(model()).backward()
+        assert energy_table(layers, n_boot=1).attrs["shapes"] == [shape]
+
+
+def test_what_was_let_through_is_named_unless_only_leaves_it_out():
+    model = nn.ModuleList([Calling(adding(0.0)), Calling(adding(0.0), [(1, B, H, T, D)] * 3)])
+    model.append(Calling(lambda x: x.softmax(1), [(B, H, T, D)]))
+    model.append(Calling(lambda x: x.softmax(-1), [(T, D)]))  # a router, or classes
+    model.forward = lambda: sum(weighed(part()) for part in model)
+    for watch in WATCHES:
+        passed = r"in '1' on \(1, 2, 4, 6, 6\), '2' on \(2, 4, 6, 8\): if"
+        with pytest.warns(UserWarning, match=passed) as found, watch(model):
+            model().backward()
+        assert found[0].filename == __file__
+        with warnings.catch_warnings(action="error"), watch(model, only="0|3"):
+            model().backward()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize("watch", WATCHES)
+def test_where_no_attention_is_seen_a_rule_says_so_too(watch):
+    unseen = "no attention was seen: none of PyTorch's softmaxes"
+    layer = nn.TransformerEncoderLayer(16, H, 8, dtype=torch.float64, batch_first=True).eval()
+    traced = torch.jit.trace(layer, X, check_trace=False)
+    for model in (Calling(adding(0.0), [(H, T, D)] * 3), traced):
+        with pytest.raises(RuntimeError, match=unseen), watch(model):
+            model(*[] if isinstance(model, Calling) else [X])
+    misspelled = rf"{unseen} .* matches 'selfattn'"
+    with pytest.raises(RuntimeError, match=misspelled), watch(layer, only="selfattn"):
+        layer(X)
+
+
+@pytest.mark.parametrize("watch", WATCHES)
+@pytest.mark.parametrize("attend", [sdpa(), adding(0.0)], ids=["fused", "eager"])
+def test_a_compiled_function_in_a_model_is_refused(attend, watch):
+    model = Calling(torch.compile(attend, backend="eager"))
+    for _ in range(2):  # compiled within the block, and before it
+        with pytest.raises(ValueError, match=r"that torch\.compile made"), watch(model):
+            model()
+        model()
+    unattended = torch.compile(lambda x: x.sin(), backend="eager")
+    with watch(model := Calling(lambda *parts: attend(*map(unattended, parts)))):
+        weighed(model()).backward()
+
+
+@pytest.mark.parametrize("watch", WATCHES)
+def test_under_transforms_of_functions_it_is_refused(watch):
+    model = Calling(sdpa())
+    state = dict(model.named_parameters())
+
+    def loss(state):
+        return weighed(torch.func.functional_call(model, state, ()))
+
+    doubled = {name: torch.stack([value, value]) for name, value in state.items()}
+    for call in (lambda: torch.func.grad(loss)(state), lambda: torch.vmap(loss)(doubled)):
+        with pytest.raises(ValueError, match=r"'' is run by torch\.func"), watch(model):
+            call()
+
+
+@pytest.mark.parametrize("maps", [True, False])
+@pytest.mark.parametrize("attend", [sdpa(), adding(0.0)], ids=["fused", "eager"])
+def test_a_gradient_that_is_to_be_differentiated_is_refused(attend, maps):
+    model = Calling(attend)
+
+    def penalty(loss):
+        grads = torch.autograd.grad(loss, [*model.parts], create_graph=True)
+        return torch.autograd.grad(sum(grad.square().sum() for grad in grads), [*model.parts])
+
+    with nn.attention.sdpa_kernel(MATH):
+        with capture_attention(model, maps):
+            loss = weighed(model())
+            with pytest.raises(RuntimeError, match=r"create_graph=True: the gradient at ''"):
+                penalty(loss)
+        assert_all_close(penalty(loss), penalty(weighed(model())))  # outside of the block
+
+
+def test_a_copy_that_is_made_in_the_block_is_not_watched():
+    model = nn.TransformerEncoderLayer(16, H, 8, 0.0, dtype=torch.float64, batch_first=True)
+    exact, file = gradients(model), io.BytesIO()
+    with capture_attention(model) as layers, softmax_rule(model, "diagonal"):
+        copied = copy.deepcopy(model)
+        torch.save(model, file)
+        gradients(model)
+        assert_all_close(gradients(copied), exact)
+    file.seek(0)
+    for other in (copied, torch.load(file, weights_only=False)):
+        assert_as_it_was(other)
+        assert_all_close(gradients(other), exact)
+    assert len(layers[0].sums) == B
+
+
+@pytest.mark.parametrize("maps", [True, False])
+@pytest.mark.parametrize("attend", [sdpa(), adding(0.0)], ids=["fused", "eager"])
+def test_a_gradient_that_is_not_finite_is_taken_note_of(attend, maps):
+    model = Calling(attend)
+    scale = torch.ones(H).double()
+    with capture_attention(model, maps) as layers:
+        for scale[1] in (1.0, math.inf) if maps else (math.inf, 1.0):  # maps are of the last pass
+            weighed(model() * scale[:, None, None]).backward()
+    with pytest.warns(UserWarning, match=r"layer 0, heads \[1\]: .* not finite"):
+        table = energy_table(layers, n_boot=2)
+    assert table["defined"].tolist() == [True, False, True, True]
+    assert table.loc[1, "r_diag":].isna().all() and not table.drop(1).isna().any(axis=None)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("attend", [sdpa(), adding(0.0)], ids=["fused", "eager"])
+def test_a_function_that_is_recomputed_is_seen_as_the_first_time(attend, use_reentrant):
+    def recomputed(*parts):
+        first = checkpoint(attend, *parts, use_reentrant=use_reentrant)
+        return checkpoint(attend, first, *parts[1:], use_reentrant=use_reentrant)
+
+    models = [Calling(lambda q, k, v: attend(attend(q, k, v), k, v)), Calling(recomputed)]
+    for maps in (False, True):
+        found = []
+        for model in models:
+            with capture_attention(model, maps) as layers:
+                weighed(model()).backward()
+            assert [layer.name for layer in layers] == ["", " (2)"]
+            found.append([layer.sums for layer in layers])
+        assert_all_close(*found)
+    found = []
+    for model in models:
+        model.zero_grad()
+        with softmax_rule(model, "diagonal"):
+            weighed(model()).backward()
+        found.append(of_parameters(model))
+    assert_all_close(*found)
+
+
+def test_the_output_of_fused_attention_can_be_changed_in_place():
+    found = []
+    for double in (lambda out: 2 * out, lambda out: out.mul_(2)):
+        model = Calling(lambda *parts, by=double: by(sdpa()(*parts)))
+        with nn.attention.sdpa_kernel(MATH):  # others keep it for their own backward pass
+            found.append([sums_of(model), *of_parameters(model)])
+    assert_all_close(*found)
+
+
+def test_a_softmax_is_seen_by_whatever_name():
+    expected = sums_of(Calling(adding(0.0)))
+    for softmax in (torch.special.softmax, lambda x, dim: F.softmin(-x, dim),
+                    lambda x, dim: nn.Softmin(dim)(-x)):
+        torch.testing.assert_close(sums_of(Calling(adding(0.0, softmax))), expected)
+    model = Calling(adding(0.0, lambda x, dim: F.gumbel_softmax(x, dim=dim)))
+    assert sums_of(model).shape[:2] == (B, H)
 
 
 # --- models of the transformers library, random and small -----------------------------------------

@@ -253,6 +253,7 @@ NO_SUM, NO_MASK = "not weights that sum to 1", "not zero on masked keys"
         (ATTN, torch.where(GRAD[0, 1, 2, 0] == GRAD, math.inf, GRAD), {}, "not finite"),
         (ATTN.tril(-1) + ATTN.triu(), GRAD, {"visible": torch.eye(3).bool()}, NO_MASK),
         (ATTN + BEHIND, GRAD, {}, NO_MASK),
+        (torch.full_like(ATTN, 1 / 3), GRAD, {}, f"{NO_MASK}: pass as visible= .* for an encoder"),
         (ATTN, GRAD, {"visible": torch.ones(3, 3)}, r"boolean .* got visible torch.float32 \(3, 3"),
         (ATTN, GRAD[:1], {}, r"B H T_q T_k.* grad torch.float64 \(1, 2, 3, 3\)"),
         (ATTN[..., :2], GRAD[..., :2], {}, "map of visible keys"),
@@ -263,6 +264,12 @@ NO_SUM, NO_MASK = "not weights that sum to 1", "not zero on masked keys"
 def test_what_is_no_softmax_attention_is_refused(attn, grad, changes, reason):
     with pytest.raises(ValueError, match=reason):
         head_energy(attn, grad, **changes)
+
+
+def test_a_weight_too_small_for_a_normal_number_is_none():
+    left = torch.where(ATTN == 0, math.exp(-100), ATTN).float()  # as of -100 added to a score
+    table = head_energy(left, GRAD, n_boot=1)
+    pd.testing.assert_frame_equal(table, head_energy(ATTN.float(), GRAD, n_boot=1))
 
 
 def test_a_single_token_and_a_head_without_gradient_give_an_undefined_row():
