@@ -15,7 +15,7 @@ from scipy.stats import norm, ttest_1samp
 from data.experiment import (COLUMNS, CURVES, EXPERIMENT, GROUP, SOLVED, SYMPTOMS, TASKS, USUAL,
                              RecallTask, best_settings, harm_table, headline_table, judged,
                              load_runs, mending, plot_harm, share_difference, symptoms)
-from helpers import claim, harm, share_interval, twin
+from helpers import SHAKESPEARE_SHA256, claim, harm, share_interval, twin
 from model_local import SOFTMAX_BACKWARD, LocalGPT, LocalGPTConfig
 
 # ---- the task ------------------------------------------------------------------------------------
@@ -167,6 +167,11 @@ def test_a_rule_that_sends_nothing_has_no_cosine_and_a_sigmoid_its_own_derivativ
     assert {name for name, _ in nothing} == {"common_mode", "q_norm", "k_norm", "entropy",
                                              "score_max"}
     assert all(value == exact[name] for name, value in nothing.items())
+    x, y = batch()
+    y[0] = -100  # a sequence that nothing is asked of has no cosine, and the others keep theirs
+    model = unequal_model(softmax_backward="zero")
+    assert symptoms(model, x, y)["cos_scores", ""] == pytest.approx(
+        symptoms(model, x[1:], y[1:])["cos_scores", ""], rel=1e-6)
     sigmoid = symptoms(unequal_model(attn_mode="sigmoid"), *batch())
     assert sigmoid["cos_scores", ""] == pytest.approx(1) and sigmoid["row_sum", ""] > 0.1
 
@@ -332,6 +337,7 @@ def test_a_rule_is_judged_at_the_rate_that_is_asked_for(at, lr, expected):
     row = verdict(RATES, "ste", at)
     assert row["harm"] == harm(*expected).harm and row["lr_tried"] == "0.0001 to 0.01"
     assert row["lr_at_end"] == (lr == 1e-4) and row["loss"] == pytest.approx(np.mean(expected[0]))
+    assert verdict(RATES, "none", at)["lr_at_end"] == (at != "full"), "its own is the largest"
 
 
 def test_a_rule_that_is_not_tuned_is_judged_at_the_rate_of_full():
@@ -369,10 +375,11 @@ def test_norms_and_caps_that_differ_only_backwards_share_the_none(own, shared):
 
 
 def test_the_scale_of_the_feedback_is_that_which_suits_full_whatever_suits_the_rule():
-    parts = [runs(rule, (loss,) * 3, (100, 0, 1), feedback_scale=2.0)
-             for rule, loss in (("full", 1.5), ("none", 3.0), ("ste", 2.9))]
+    parts = [runs(rule, (loss,) * 3, (100, 0, 1), lr, feedback_scale=2.0)
+             for rule, loss, lr in (("full", 1.5, 1e-3), ("none", 3.0, 1e-2), ("ste", 2.9, 1e-4))]
     row = verdict(pd.concat([COMPLETE, *parts]))
-    assert (row["feedback_scale"], row["seeds"]) == (2.0, 2) and row["loss"] == pytest.approx(2.9)
+    assert (row["feedback_scale"], row["lr"], row["seeds"]) == (2.0, 1e-4, 2)
+    assert row["loss"] == pytest.approx(2.9)
 
 
 def test_the_best_settings_solve_most_and_among_equals_have_the_lowest_mean_loss():
@@ -415,6 +422,22 @@ def test_a_table_is_read_as_it_was_written_and_a_damaged_one_refused(tmp_path):
         path.write_text(damaged)
         with pytest.raises(ValueError, match=r"runs.csv is damaged: .*take it from git again"):
             load_runs(path=path)
+
+
+def test_the_stored_rows_end_as_their_curves_do_and_are_of_the_data_that_is_here():
+    rows = load_runs(experiment=None).query("status == 'ok'")
+    assert (rows["losses"] != "").all()
+    for name, metric in CURVES.items():
+        part = rows[rows[name] != ""]
+        ends = part[name].str.split().str[-1].astype(float)
+        np.testing.assert_allclose(ends, part[metric], rtol=1e-3, atol=6e-5, err_msg=name)
+    for task, part in rows.groupby("task"):
+        data, _, _, every, _ = TASKS[task]
+        sha256 = SHAKESPEARE_SHA256 if data == "shakespeare_char" else data.sha256
+        assert {*part["data"]} == {sha256[:12]}, task
+        later = part.query("experiment > 1")  # the first edition was scored more seldom
+        lengths = later["losses"].str.split().str.len()
+        assert (lengths == 1 + later["steps"] // every).all(), task
 
 
 # ---- what is mended ------------------------------------------------------------------------------

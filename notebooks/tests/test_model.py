@@ -94,8 +94,12 @@ def test_weights_and_feedback_start_as_stated(start):
         assert abs(weight.mean().item() / std) < 2 * tolerance, name
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     assert len(linears) == 3 * 6 + 1
-    drawn = [linear.feedback.flatten()[:1] for linear in linears.values()]
-    assert len(torch.cat(drawn).unique()) == len(drawn), "each has feedback of its own"
+    drawn = torch.stack([linear.feedback.norm() for linear in linears.values()])
+    assert len(drawn.unique()) == len(drawn), "each has feedback of its own, in no other order"
+    square = [matrix for linear in linears.values() if linear.weight.shape == (64, 64)
+              for matrix in (linear.weight.detach().flatten(), linear.feedback.flatten())]
+    alike = torch.corrcoef(torch.stack(square)) - torch.eye(2 * 3 * 4)
+    assert alike.abs().max() < 5 / 64, "none is made of another"
     for name, linear in linears.items():
         assert linear.bias is None and linear.feedback.shape == linear.weight.shape
         tolerance = 5 / math.sqrt(linear.weight.numel())
