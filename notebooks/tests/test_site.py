@@ -50,6 +50,24 @@ def test_a_failing_cell_says_so_and_the_file_stays(execute) -> None:
     assert [other.name for other in path.parent.iterdir()] == ["notebook.ipynb"]
 
 
+def test_with_a_folder_for_outputs_all_is_as_it_was_beside_and_behind_a_failing_cell(execute):
+    path = execute("print('a')")[1]
+    source, folder = path.read_text(), path.parent / "out"
+    failing = new_notebook(cells=[new_code_cell("1 / 0")])
+    nbformat.write(failing, path.with_name("failing.ipynb"))
+    folder.mkdir()
+    for name in ("failing", "last"):
+        (folder / f"{name}.ipynb").write_text("as it was")
+    names = [path.with_name(f"{name}.ipynb") for name in ("notebook", "failing", "last")]
+    names[2].write_text(source)
+    command = [sys.executable, EXECUTE, *names, "--output-dir", folder]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 1
+    assert path.read_text() == source and nbformat.read(names[1], 4) == failing
+    (executed,) = nbformat.read(folder / path.name, as_version=4).cells
+    assert executed.outputs[0].text == "a\n" and len([*folder.iterdir()]) == 3
+    assert {(folder / name.name).read_text() for name in names[1:]} == {"as it was"}
+
+
 def test_a_figure_that_is_wanted_elsewhere_is_written_there(execute) -> None:
     source = "from IPython.display import SVG\nSVG('<svg xmlns=\"http://www.w3.org/2000/svg\"/>')"
     done, path = execute(source, file="answer.svg")
