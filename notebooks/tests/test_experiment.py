@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,10 +13,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy.stats import norm, ttest_1samp
 
-from data.experiment import (COLUMNS, CURVES, EXPERIMENT, GROUP, SOLVED, SYMPTOMS, TASKS, USUAL,
-                             RecallTask, best_settings, harm_table, headline_table, judged,
-                             load_runs, mending, plot_harm, share_difference, symptoms)
-from helpers import SHAKESPEARE_SHA256, claim, harm, share_interval, twin
+from data.experiment import (COLUMNS, CURVES, EXPERIMENT, GROUP, KEY, SOLVED, SYMPTOMS, TASKS,
+                             USUAL, RecallTask, best_settings, harm_table, headline_table, judged,
+                             load_runs, mending, plot_harm, runs_without_norms, share_difference,
+                             symptoms, usual_runs)
+from helpers import SHAKESPEARE_SHA256, harm, share_interval, twin
 from model_local import SOFTMAX_BACKWARD, LocalGPT, LocalGPTConfig
 
 # ---- the task ------------------------------------------------------------------------------------
@@ -260,16 +262,6 @@ def test_shares_have_wilson_s_interval_and_differences_newcombe_s(one, other, co
     assert share_difference(*one, *other, confidence) == pytest.approx((low, high), abs=1e-9)
 
 
-def test_a_claim_holds_a_sentence_against_numbers():
-    claim("0.43 of 1,003,854, at most $3\\cdot10^{-5}$ and -0.22", 0.431, 1003854, 3e-5, -0.2249)
-    claim("on an H100, x_1, 1/4 of the 8", 8)
-    for sentence, values, words in (("harm is 0.07", (0.0512,), "0.07 should be 0.0512"),
-                                    ("it is 8", (8, 9), "2 numbers given"),
-                                    ("it is 8, and so", (8, False), "does not hold")):
-        with pytest.raises(AssertionError, match=words):
-            claim(sentence, *values)
-
-
 # ---- the table -----------------------------------------------------------------------------------
 
 
@@ -424,6 +416,18 @@ def test_a_table_is_read_as_it_was_written_and_a_damaged_one_refused(tmp_path):
             load_runs(path=path)
 
 
+def test_what_05_and_06_judge_are_usual_runs_without_norms():
+    whole, kept = load_runs(experiment=None), runs_without_norms()
+    changed = {"attn_mode": "sigmoid", "qk_start": "lecun", "score_cap": 5.0, "steps": 1000,
+               "cap_backward": "cut", "score_scale": 2.0, "optimizer": "sgd"}
+    usual = runs().assign(task="shakespeare", steps=500)
+    assert len(usual_runs(usual)) == 2
+    assert not any(len(usual_runs(usual.assign(**{name: to}))) for name, to in changed.items())
+    text = whole.query("experiment == 2 and task == 'shakespeare' and qk_norm == 'off'")
+    assert len(kept) == (whole["experiment"] == 1).sum() + len(usual_runs(text)) > len(text) / 2
+    assert {*kept["qk_norm"]} == {"off"} and not kept.duplicated([*KEY]).any()
+
+
 def test_the_stored_rows_end_as_their_curves_do_and_are_of_the_data_that_is_here():
     rows = load_runs(experiment=None).query("status == 'ok'")
     assert (rows["losses"] != "").all()
@@ -507,6 +511,18 @@ def test_each_setting_is_judged_by_itself_at_the_rate_of_full_and_the_protocol_s
     assert found == [["off", "zero", "mended"], ["exact", "zero", "undetermined"]]
 
 
-def test_a_figure_without_a_verdict_is_refused():
+def test_a_figure_shows_each_harm_with_its_interval_and_verdict_in_a_panel_a_group():
+    diverged = failed(COMPLETE, "ste", 0, "diverged", math.inf).assign(qk_norm="exact")
+    table = harm_table(pd.concat([COMPLETE, diverged], ignore_index=True))
+    upper, lower = plot_harm(table)
+    (row,) = table.query("rule == 'ste' and qk_norm == 'off'").itertuples()
+    interval, point = upper.lines[:2]
+    assert (*interval.get_xdata(), *point.get_xdata()) == (row.low, row.high, row.harm)
+    assert (point.get_marker(), point.get_markerfacecolor()) == ("s", "white"), "at the rates' end"
+    assert [[text.get_text() for text in ax.texts] for ax in (upper, lower)] == [
+        ["costly"], ["diverged"]]
+    assert (upper.get_title(), lower.get_title()) == (
+        "recall, bp, 10 iterations", "recall, bp, qk_norm exact, 10 iterations")
+    plt.close("all")
     with pytest.raises(ValueError, match="no rule in this table has a harm"):
         plot_harm(harm_table(COMPLETE[COMPLETE["rule"] != "ste"]))

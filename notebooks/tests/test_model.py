@@ -96,16 +96,13 @@ def test_weights_and_feedback_start_as_stated(start):
     assert len(linears) == 3 * 6 + 1
     drawn = torch.stack([linear.feedback.norm() for linear in linears.values()])
     assert len(drawn.unique()) == len(drawn), "each has feedback of its own, in no other order"
-    square = [matrix for linear in linears.values() if linear.weight.shape == (64, 64)
-              for matrix in (linear.weight.detach().flatten(), linear.feedback.flatten())]
-    alike = torch.corrcoef(torch.stack(square)) - torch.eye(2 * 3 * 4)
-    assert alike.abs().max() < 5 / 64, "none is made of another"
+    alike = torch.corrcoef(torch.stack([matrix.flatten()[:4096] for linear in linears.values()
+                                        for matrix in (linear.weight.detach(), linear.feedback)]))
+    assert (alike - torch.eye(len(alike))).abs().max() < 5 / 64, "none is made of another"
     for name, linear in linears.items():
         assert linear.bias is None and linear.feedback.shape == linear.weight.shape
         tolerance = 5 / math.sqrt(linear.weight.numel())
         assert abs(linear.feedback.std().item() / (2.5 * INIT_STD) - 1) < tolerance, name
-        pair = torch.stack([linear.weight.detach().flatten(), linear.feedback.flatten()])
-        assert abs(torch.corrcoef(pair)[0, 1].item()) < tolerance, name
     direct = LocalGPT(replace(config, method="dfa")).direct_feedback
     assert direct.std().item() == pytest.approx(2.5 * INIT_STD, rel=0.01)
     alike = torch.corrcoef(direct.flatten(1)) - torch.eye(4)
