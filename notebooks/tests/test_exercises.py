@@ -78,6 +78,7 @@ EFFECTS = SOLUTIONS["3.3"]
     ("1.1", lambda a, g: g, "g = [1, 2, 4] should be [-0.75, -0.375, -0.25], and it is [1, 2, 4]"),
     ("1.2", lambda s: s.softmax(-1), "What is it that ties the keys?"),
     ("1.2", torch.relu, "positive here"),
+    ("1.2", torch.ones_like, "does not grow in every row"),
     ("1.4", [2.0, 0.0, -1.0], "is 0.88, and should be below"),
     ("1.4", [-1, -1, -1], "has no direction"),
     ("2.1", lambda x, W, B, dy: (dy @ B, B), "grad_W is not right"),
