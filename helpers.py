@@ -121,15 +121,16 @@ def load_corpus(name: str | None = None, root: Path = DATA) -> Corpus:
         if (highest := max(train.max(), val.max())) >= len(itos):
             raise ValueError(f"a token id is {highest}, and the vocabulary ends at {len(itos) - 1}")
     except Exception as error:  # a hostile or broken pickle can fail in any way
-        why = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{root.name}/{name} is damaged ({why}): {make}") from error
+        raise ValueError(f"{root.name}/{name} is damaged ({type(error).__name__}: {error}): "
+                         f"{make}") from error
     # A text may be like that, too ("a\nb\n"), and nothing tells the two apart: so it is no error.
     if not (train[1::2].any() or val[1::2].any()):
         warnings.warn(f"every second token of {root.name}/{name} is 0, as in files of 4-byte ids "
                       "(int32): if they are that, write them as 2-byte ids (uint16)", stacklevel=2)
-    stoi = {character: i for i, character in itos.items()}
-    content = json.dumps(list(itos.values())).encode() + train.tobytes() + val.tobytes()
-    return Corpus(name, train, val, stoi, itos, hashlib.sha256(content).hexdigest())
+    digest = hashlib.sha256(json.dumps(list(itos.values())).encode())
+    digest.update(train)
+    digest.update(val)
+    return Corpus(name, train, val, {c: i for i, c in itos.items()}, itos, digest.hexdigest())
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -224,9 +225,8 @@ def train(config: LocalGPTConfig, steps: int = 500, lr: float = 1e-3, batch_size
     ``batch`` and ``score`` as a Corpus has them. ``optimizer`` makes one of (model, lr, steps).
     Every ``eval_every`` steps the model is scored, and a copy of it measured on one fixed batch:
     ``measure(model, x, y)`` returns numbers by (metric, part). A finished run is kept in
-    ``directory`` (None: nowhere) under a hash of all that determines it. Raises TypeError or
-    ValueError on arguments that cannot be, RuntimeError on a device that PyTorch does not know,
-    FloatingPointError if the run diverges.
+    ``directory`` (None: nowhere) under a hash of all that determines it. TypeError or ValueError on
+    arguments that cannot be, RuntimeError on an unknown device, FloatingPointError on divergence.
     """
     data = load_corpus() if data is None else data
     device = str(torch.device(device))

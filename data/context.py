@@ -113,10 +113,10 @@ def measured(model: LongGPT, corpus: Corpus, T: int, tokens: int) -> pd.DataFram
             loss = model(batch[:, :-1], batch[:, 1:].contiguous())[1]
             loss.backward()
             model.zero_grad()
-            losses.append(loss.item())
+            losses.append(loss.item() * len(batch))
     table = energy_table(layers)
     table.insert(0, "T", T)
-    table["sequences"], table["loss"] = len(windows), np.mean(losses)
+    table["sequences"], table["loss"] = len(windows), sum(losses) / len(windows)
     table["told"], table["untold"] = zip(*messages(model, windows[:1]), strict=True)
     return table
 

@@ -9,6 +9,8 @@ on standard output names the corpus, its sizes and its SHA-256; the rest goes to
 """
 
 import argparse
+import codecs
+import filecmp
 import hashlib
 import pickle
 import re
@@ -36,60 +38,76 @@ PLAYS = [
     "problems/measure-for-measure", "problems/the-taming-of-the-shrew", "romances/the-tempest",
 ]
 CORRECTIONS = DATA / "tinyshakespeare_corrections.tsv"
+PIECE = 2**20  # bytes of a text that are in memory at once
+FILES = ["train.bin", "val.bin", "meta.pkl"]
 MIN_VALIDATION = 65  # tokens: one block of the report's models, and the target of its last token
 
 
-def corpus_files(text):
-    """nanoGPT's files, {name: bytes}: characters numbered in code point order, 90 % to train on."""
-    itos = dict(enumerate(sorted(set(text))))
-    if not 2 <= len(itos) <= 2**16:
-        raise ValueError(f"the text has {len(itos):,} distinct characters, and 2 to 65,536 (what "
-                         "uint16 can number) are needed: give another text")
-    stoi = {character: i for i, character in itos.items()}
-    tokens = np.array([stoi[character] for character in text], "<u2")
-    n = int(len(tokens) * 0.9)
-    if len(tokens) - n < MIN_VALIDATION:
-        raise ValueError(f"{len(tokens)} characters leave {len(tokens) - n} to validate on, and at "
+def survey(pieces):
+    """Length, vocabulary in code point order and SHA-256 of a text that comes in pieces."""
+    length, characters, digest = 0, set(), hashlib.sha256()
+    for piece in pieces:
+        length += len(piece)
+        characters.update(piece)
+        digest.update(piece.encode())
+    return length, sorted(characters), digest.hexdigest()
+
+
+def write_tokens(folder, pieces, vocabulary, n):
+    """nanoGPT's train.bin and val.bin; the first ``n`` characters are to train on."""
+    numbers = np.zeros(sys.maxunicode + 1, "<u2")
+    numbers[[ord(character) for character in vocabulary]] = np.arange(len(vocabulary))
+    with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
+        for piece in pieces:
+            tokens = numbers[np.frombuffer(piece.encode("utf-32-le"), "<u4")]
+            left = max(0, n - train.tell() // 2)
+            train.write(tokens[:left])
+            val.write(tokens[left:])
+        return (train.tell() + val.tell()) // 2
+
+
+def write_corpus(name, pieces):
+    """Write data/<name> whole or not at all, and say on standard output what it holds.
+
+    ``pieces`` of the text are gone through twice, 90 % of it to train on: never is it in memory as
+    a whole. A folder that has this content already stays untouched.
+    """
+    length, vocabulary, digest = survey(pieces)
+    n = int(length * 0.9)
+    if not 2 <= len(vocabulary) <= 2**16:
+        raise ValueError(f"the text has {len(vocabulary):,} distinct characters, and 2 to 65,536 "
+                         "(what uint16 can number) are needed: give another text")
+    if length - n < MIN_VALIDATION:
+        raise ValueError(f"{length} characters leave {length - n} to validate on, and at "
                          f"least {MIN_VALIDATION} are needed: give a longer text")
     # The order of the keys and the protocol are those of nanoGPT's own script: the same bytes.
+    itos = dict(enumerate(vocabulary))
+    stoi = {character: i for i, character in itos.items()}
     meta = {"vocab_size": len(itos), "itos": itos, "stoi": stoi}
-    train, val = tokens[:n], tokens[n:]
-    return {"train.bin": train.tobytes(), "val.bin": val.tobytes(),
-            "meta.pkl": pickle.dumps(meta, protocol=4)}
 
-
-def write_corpus(name, text):
-    """Write data/<name> whole or not at all, and say on standard output what it holds."""
-    files = corpus_files(text)
-    replace(DATA / name, files)
-    train, val = (len(files[part]) // 2 for part in ("train.bin", "val.bin"))
-    print(f"data/{name}: {train:,} tokens to train on, {val:,} to validate on, "
-          f"{len(set(text)):,} distinct characters, SHA-256 {sha256(text)}")
+    # Written beside its place, then renamed: whoever reads sees the old one or the new one.
+    folder = DATA / name
+    with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=DATA) as scratch:
+        new = Path(scratch, "new")
+        new.mkdir()
+        if write_tokens(new, pieces, vocabulary, n) != length:
+            raise ValueError("the text is another one when it is read again: give a file that "
+                             "stays as it is, and no pipe")
+        (new / "meta.pkl").write_bytes(pickle.dumps(meta, protocol=4))
+        if filecmp.cmpfiles(folder, new, FILES, shallow=False)[0] != FILES:
+            # Only a corpus may be replaced: the name may be that of somebody's work.
+            if folder.is_file() or {path.name for path in folder.glob("*")} - {*FILES}:
+                raise ValueError(f"data/{name} is or holds something else than a corpus: choose "
+                                 "another --name, or move it away")
+            if folder.exists():
+                folder.rename(Path(scratch, "old"))
+            new.rename(folder)
+    print(f"data/{name}: {n:,} tokens to train on, {length - n:,} to validate on, "
+          f"{len(vocabulary):,} distinct characters, SHA-256 {digest}")
 
 
 def sha256(text):
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def replace(folder, files):
-    """Give a folder this content, {name: bytes}; one that has it already stays untouched."""
-    there = {path.name for path in folder.glob("*")}
-    if there >= files.keys() and all(
-            (folder / name).read_bytes() == content for name, content in files.items()):
-        return
-    # Only a corpus may be replaced: the name may be that of somebody's work, or of checkpoints.
-    if folder.is_file() or there - files.keys():
-        raise ValueError(f"data/{folder.name} is or holds something else than a corpus: choose "
-                         "another --name, or move it away")
-    # Written beside its place, then renamed: whoever reads sees the old one or the new one.
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
-        new = Path(scratch, "new")
-        new.mkdir()
-        for name, content in files.items():
-            (new / name).write_bytes(content)
-        if folder.exists():
-            folder.rename(Path(scratch, "old"))
-        new.rename(folder)
 
 
 def convert(play, page_head=""):
@@ -164,16 +182,34 @@ def shakespeare():
     return text
 
 
+class TextFile:
+    """The text of a UTF-8 file in pieces, as often as it is asked for; ValueError on another."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __iter__(self):
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        with open(self.path, "rb") as file:  # text mode would turn \r\n into \n
+            while block := file.read(PIECE):
+                yield self.decoded(decoder, block, file.tell())
+            yield self.decoded(decoder, b"", file.tell())
+
+    def decoded(self, decoder, block, end):
+        try:
+            return decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            byte = f"{end - len(error.object) + error.start:,}"
+            raise ValueError(f"{self.path} is not UTF-8 (byte {byte}): save it as UTF-8") from None
+
+
 def own_text(path, name):
     """The text of a file that may become data/<name>; ValueError says why it may not."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
         raise ValueError(f"{name!r} cannot name a corpus: use up to 64 letters, digits, _ and -, "
                          "beginning with a letter or digit")
-    try:
-        text = Path(path).read_bytes().decode()  # text mode would turn \r\n into \n
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (byte {error.start:,}): save it as UTF-8") from None
-    if name == SHAKESPEARE and sha256(text) != SHAKESPEARE_SHA256:
+    text = TextFile(path)
+    if name == SHAKESPEARE and survey(text)[2] != SHAKESPEARE_SHA256:
         raise ValueError(f"{path} is not Tiny Shakespeare (by SHA-256): choose another --name")
     return text
 
@@ -188,7 +224,7 @@ def main():
     if (args.text is None) != (args.name is None):
         parser.error("--text and --name go together")
     try:
-        text = shakespeare() if args.text is None else own_text(args.text, args.name)
+        text = [shakespeare()] if args.text is None else own_text(args.text, args.name)
         write_corpus(args.name or SHAKESPEARE, text)
     except (ValueError, OSError) as error:
         parser.exit(2, f"prepare.py: {error}\n")

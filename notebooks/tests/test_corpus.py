@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,7 @@ def call(monkeypatch, *arguments):
 
 
 def test_the_files_are_byte_by_byte_those_of_nanogpts_own_script(data):
-    prepare.write_corpus("text", TEXT)
+    prepare.write_corpus("text", [TEXT])
     chars = sorted(set(TEXT))
     stoi = {ch: i for i, ch in enumerate(chars)}
     n = int(len(TEXT) * 0.9)
@@ -63,7 +64,9 @@ def test_the_files_are_byte_by_byte_those_of_nanogpts_own_script(data):
     }
 
 
-def test_a_file_with_any_line_ends_becomes_a_corpus(data, monkeypatch, capsys):
+@pytest.mark.parametrize("piece", [1, 2**20])
+def test_a_file_with_any_line_ends_becomes_a_corpus(data, monkeypatch, capsys, piece):
+    monkeypatch.setattr(prepare, "PIECE", piece)
     text = "one\r\n\r\n\n\r🙂" * 100
     (data / "my text.txt").write_bytes(text.encode())
     assert call(monkeypatch, "--text", data / "my text.txt", "--name", "own_text") == 0
@@ -82,6 +85,7 @@ def test_a_file_with_any_line_ends_becomes_a_corpus(data, monkeypatch, capsys):
 ])
 def test_a_text_that_cannot_be_a_corpus_is_refused_and_nothing_is_written(
         data, monkeypatch, capsys, content, name, message):
+    monkeypatch.setattr(prepare, "PIECE", 2)
     if content is not None:
         (data / "input.txt").write_bytes(content)
     assert call(monkeypatch, "--text", data / "input.txt", f"--name={name}") == 2
@@ -90,20 +94,33 @@ def test_a_text_that_cannot_be_a_corpus_is_refused_and_nothing_is_written(
 
 
 def test_a_damaged_corpus_is_made_again_and_a_whole_one_left_alone(data):
-    prepare.write_corpus("text", TEXT)
+    prepare.write_corpus("text", [TEXT])
     whole = content(data / "text")
     for file in FILES:
         (data / "text" / file).write_bytes(whole[file][:-2])
-        prepare.write_corpus("text", TEXT)
+        prepare.write_corpus("text", [TEXT])
         assert content(data / "text") == whole
     before = (data / "text").stat()
-    prepare.write_corpus("text", TEXT)
+    prepare.write_corpus("text", [TEXT])
     assert (data / "text").stat() == before
+
+
+def test_a_long_text_is_never_in_memory_and_one_that_changes_is_refused(data, monkeypatch):
+    monkeypatch.setattr(prepare, "PIECE", 2**16)
+    (data / "long.txt").write_text(TEXT * 10_000)  # 8.6 MB
+    tracemalloc.start()
+    prepare.write_corpus("long", prepare.TextFile(data / "long.txt"))
+    assert len(load_corpus("long", data).val) == 860_000
+    assert tracemalloc.get_traced_memory()[1] < 5e6
+    tracemalloc.stop()
+    with pytest.raises(ValueError, match="no pipe"):
+        prepare.write_corpus("text", iter([TEXT]))
+    assert not (data / "text").exists()
 
 
 @pytest.mark.parametrize("failing", ["mkdir", "write_bytes", "rename"])
 def test_a_write_that_fails_leaves_the_old_corpus_and_nothing_else(data, monkeypatch, failing):
-    prepare.write_corpus("text", TEXT)
+    prepare.write_corpus("text", [TEXT])
     original = getattr(Path, failing)
 
     def fail(path, *arguments):
@@ -113,7 +130,7 @@ def test_a_write_that_fails_leaves_the_old_corpus_and_nothing_else(data, monkeyp
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr(Path, failing, fail)
-        prepare.write_corpus("text", OTHER)
+        prepare.write_corpus("text", [OTHER])
     assert text_of("text", data) == TEXT
     assert [path.name for path in data.iterdir()] == ["text"]
 
@@ -123,7 +140,7 @@ def test_what_is_no_corpus_is_never_deleted(data, precious):
     (data / precious).parent.mkdir(exist_ok=True)
     (data / precious).write_text("precious")
     with pytest.raises(ValueError, match=r"is or holds something else.*move it away"):
-        prepare.write_corpus("text", TEXT)
+        prepare.write_corpus("text", [TEXT])
     assert (data / precious).read_text() == "precious"
 
 
@@ -200,7 +217,7 @@ def meta_with(**changes):
     (meta_with()[:-9], "UnpicklingError|EOFError"),
 ])
 def test_a_meta_that_is_not_nanogpts_is_refused_in_one_sentence(data, monkeypatch, meta, message):
-    prepare.write_corpus("text", TEXT)
+    prepare.write_corpus("text", [TEXT])
     (data / "text" / "meta.pkl").write_bytes(meta)
     monkeypatch.chdir(data)
     with pytest.raises(ValueError, match=rf"text is damaged \(.*({message}).*prepare.py"):
@@ -214,21 +231,21 @@ def test_a_meta_that_is_not_nanogpts_is_refused_in_one_sentence(data, monkeypatc
     (np.zeros(99, "u1"), "multiple of the data-type"),
 ])
 def test_tokens_that_are_not_uint16_of_the_vocabulary_are_refused(data, tokens, message):
-    prepare.write_corpus("text", TEXT)
+    prepare.write_corpus("text", [TEXT])
     tokens.tofile(data / "text" / "val.bin")
     with pytest.raises(ValueError, match=rf"text is damaged \(.*({message}).*prepare.py"):
         load_corpus("text", data)
 
 
 def test_what_may_be_int32_is_warned_of_and_can_be_read(data):
-    prepare.write_corpus("lines", "a\n\n\nb\n" * 200)
+    prepare.write_corpus("lines", ["a\n\n\nb\n" * 200])
     with pytest.warns(UserWarning, match="every second token of .*/lines is 0.*uint16"):
         assert text_of("lines", data) == "a\n\n\nb\n" * 200
 
 
 @pytest.mark.parametrize("file", ["", *FILES])
 def test_a_missing_corpus_or_file_is_named_with_what_makes_it(data, file):
-    prepare.write_corpus("text", TEXT)
+    prepare.write_corpus("text", [TEXT])
     shutil.rmtree(data / "text") if not file else (data / "text" / file).unlink()
     with pytest.raises(FileNotFoundError, match=f"text/?{file} is missing.*prepare.py"):
         load_corpus("text", data)
@@ -241,8 +258,8 @@ def test_a_name_that_is_no_folder_in_data_is_refused(data, name):
 
 
 def test_without_a_name_the_environment_chooses_and_shakespeare_is_the_default(data, monkeypatch):
-    prepare.write_corpus("own_text", OTHER)
-    prepare.write_corpus("shakespeare_char", TEXT)
+    prepare.write_corpus("own_text", [OTHER])
+    prepare.write_corpus("shakespeare_char", [TEXT])
     for chosen, name in (("", "shakespeare_char"), ("own_text", "own_text")):
         monkeypatch.setenv("CORPUS", chosen)
         assert load_corpus(root=data).name == name
@@ -254,12 +271,12 @@ def test_only_another_text_than_tiny_shakespeare_is_shown_with_a_notice(data):
         pytest.skip("Tiny Shakespeare is not prepared here: make test without TEXT")
     assert load_corpus("shakespeare_char")._repr_markdown_() == (
         "Corpus: Tiny Shakespeare, 1,003,854 training and 111,540 validation tokens, 65 distinct.")
-    prepare.write_corpus("text", TEXT)
+    prepare.write_corpus("text", [TEXT])
     assert "Not Tiny Shakespeare" in load_corpus("text", data)._repr_markdown_()
 
 
 def test_text_goes_to_ids_and_back_and_an_unknown_character_is_named(data):
-    prepare.write_corpus("text", TEXT)
+    prepare.write_corpus("text", [TEXT])
     corpus = load_corpus("text", data)
     assert corpus.decode(corpus.encode("not to be")) == "not to be"
     assert corpus.encode("").dtype == corpus.encode("be").dtype == torch.int64

@@ -20,8 +20,9 @@ from torch.utils._pytree import tree_leaves
 
 import helpers
 from helpers import (attention_energy, capture_attention, energy_table, get_batch,
-                     head_energy, head_sums, load_corpus, split_softmax_gradient, train)
-from model_local import LocalGPTConfig
+                     head_energy, head_sums, load_corpus, softmax_rule, split_softmax_gradient,
+                     train)
+from model_local import LocalGPT, LocalGPTConfig
 
 FIGURES = ["r_diag", "r_offdiag", "r_cross", "one_minus_r_diag", "cos_diag", "cos_ste"]
 seeds = st.integers(0, 2**32 - 1)
@@ -502,6 +503,59 @@ def test_the_energies_of_trained_models_are_the_frozen_ones():
     # Another machine rounds float32 by 1e-7 elsewhere, which training amplifies: a rate larger by a
     # millionth moves these figures by 4e-5 of 1.
     pd.testing.assert_frame_equal(found, expected, check_dtype=False, rtol=1e-3, atol=1e-3)
+
+
+# --- several passes, heads and layers: none speaks for another ------------------------------------
+
+
+def eager(q, k, v):
+    return (q @ k.mT / math.sqrt(D)).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("size", [1e3, 1e-9])
+@pytest.mark.parametrize("attend", [eager, F.scaled_dot_product_attention])
+def test_passes_whose_gradients_differ_in_size_are_sequences_of_one_table(attend, size):
+    model, tensors = nn.Module(), [randn(5, H, T, D, seed=seed) for seed in range(4)]
+    model.forward = attend
+    tensors[3][2:] *= size  # the gradients of the second pass
+    with capture_attention(model) as layers:
+        for part in (slice(2), slice(2, 5)):
+            q, k, v, grad = (x[part].clone().requires_grad_() for x in tensors)
+            (model(q, k, v) * grad).sum().backward()
+    found = energy_table(layers, n_boot=20, seed=3).drop(columns="layer")
+    pd.testing.assert_frame_equal(found, attention_energy(*tensors, n_boot=20, seed=3))
+
+
+def test_a_head_that_rounding_decides_leaves_the_others_as_they_are():
+    attn, grad = random_maps(B=3, H=3, T=4)
+    grad[:, 1] = 1e-3  # constant: f = 0, of which rounding leaves something
+    attn, grad, good = attn.float(), grad.float(), [0, 2]
+    table, alone = head_energy(attn, grad), head_energy(attn[:, good], grad[:, good])
+    assert table["defined"].tolist() == [True, False, True]
+    pd.testing.assert_frame_equal(table.loc[good].reset_index(drop=True), alone.assign(head=good))
+
+
+def test_a_rule_is_that_of_the_layers_it_names_and_others_keep_the_exact_gradient():
+    found = []
+    for rule, only in (("full", ""), ("none", r"blocks\.0")):
+        torch.manual_seed(0)
+        model = LocalGPT(LocalGPTConfig(6, 7, 3, 2, 8, method="bp"))
+        with softmax_rule(model, rule, only):
+            model(torch.arange(6)[None], torch.arange(6)[None])[1].backward()
+        found.append([block.attn.q_proj.weight.grad for block in model.blocks])
+    (exact, *above), (nothing, *kept) = found
+    assert exact.any() and nothing is None and all(map(torch.equal, above, kept))
+
+
+def test_a_rule_is_that_of_our_own_model_to_the_digits_of_small_gradients():
+    own, ruled = (LocalGPT(LocalGPTConfig(6, 7, 3, 2, 8, method="bp", softmax_backward=name))
+                  for name in ("diagonal", "full"))
+    ruled.load_state_dict(own.state_dict())
+    own(torch.arange(6)[None], torch.arange(6)[None])[1].backward()
+    with softmax_rule(ruled, "diagonal"):
+        ruled(torch.arange(6)[None], torch.arange(6)[None])[1].backward()
+    for p, q in zip(own.parameters(), ruled.parameters(), strict=True):
+        assert (p.grad - q.grad).norm() <= 1e-5 * p.grad.norm()
 
 
 if __name__ == "__main__":

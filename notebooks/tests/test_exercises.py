@@ -78,6 +78,7 @@ EFFECTS = SOLUTIONS["3.3"]
     ("1.1", lambda a, g: g, "g = [1, 2, 4] should be [-0.75, -0.375, -0.25], and it is [1, 2, 4]"),
     ("1.2", lambda s: s.softmax(-1), "What is it that ties the keys?"),
     ("1.2", torch.relu, "positive here"),
+    ("1.2", torch.ones_like, "does not grow in every row"),
     ("1.4", [2.0, 0.0, -1.0], "is 0.88, and should be below"),
     ("1.4", [-1, -1, -1], "has no direction"),
     ("2.1", lambda x, W, B, dy: (dy @ B, B), "grad_W is not right"),
@@ -146,7 +147,7 @@ def interval(level: float):
     ("4.3", mixed(0.875), mixed(0.85)),  # mean cosines of 0.86 and 0.848
     ("5.2", [2.0, 2.1, 1.9, 2.0, 3.34], [2.0, 2.1, 1.9, 2.0, 3.36]),  # harms of 0.248 and 0.252
     ("5.2", [2.0, 2.1, 1.9, 2.0, 2.425], [2.0, 2.1, 1.9, 2.0, 2.4]),  # up to 0.264 and to 0.244
-    ("5.3", interval(0.95), interval(0.955)),
+    *(("5.3", interval(0.95), interval(other)) for other in (0.945, 0.955)),
     ("6.1", (22, 230), (22, 231)),
     ("6.3", ((0.9, 0.1), (1, 0.12)), ((0.9, 0.1), (1, 0.11))),
     ("6.3", ((0.9, 0.1), (1, 0.5)), ((0.9, 0.10001), (1, 0.5))),

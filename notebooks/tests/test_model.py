@@ -94,14 +94,15 @@ def test_weights_and_feedback_start_as_stated(start):
         assert abs(weight.mean().item() / std) < 2 * tolerance, name
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     assert len(linears) == 3 * 6 + 1
-    drawn = [linear.feedback.flatten()[:1] for linear in linears.values()]
-    assert len(torch.cat(drawn).unique()) == len(drawn), "each has feedback of its own"
+    drawn = torch.stack([linear.feedback.norm() for linear in linears.values()])
+    assert len(drawn.unique()) == len(drawn), "each has feedback of its own, in no other order"
+    alike = torch.corrcoef(torch.stack([matrix.flatten()[:4096] for linear in linears.values()
+                                        for matrix in (linear.weight.detach(), linear.feedback)]))
+    assert (alike - torch.eye(len(alike))).abs().max() < 5 / 64, "none is made of another"
     for name, linear in linears.items():
         assert linear.bias is None and linear.feedback.shape == linear.weight.shape
         tolerance = 5 / math.sqrt(linear.weight.numel())
         assert abs(linear.feedback.std().item() / (2.5 * INIT_STD) - 1) < tolerance, name
-        pair = torch.stack([linear.weight.detach().flatten(), linear.feedback.flatten()])
-        assert abs(torch.corrcoef(pair)[0, 1].item()) < tolerance, name
     direct = LocalGPT(replace(config, method="dfa")).direct_feedback
     assert direct.std().item() == pytest.approx(2.5 * INIT_STD, rel=0.01)
     alike = torch.corrcoef(direct.flatten(1)) - torch.eye(4)
@@ -337,10 +338,11 @@ def test_a_running_mean_learns_after_the_rule_and_in_training_only():
             if training:
                 average = torch.stack([g[:, head][:, CAUSAL].mean() for head in range(2)])
                 memory[i] = 0.9 * memory[i] + 0.1 * average.view(2, 1, 1)
-            torch.testing.assert_close(model.blocks[i].attn.attn_weights.memory, memory[i])
+            learnt = model.blocks[i].attn.attn_weights.memory
+            torch.testing.assert_close(learnt, memory[i], rtol=1e-9, atol=0)
     again = make_model(seed=1, method="bp", softmax_backward="running").double()
     again.load_state_dict(model.state_dict())
-    torch.testing.assert_close(again.blocks[2].attn.attn_weights.memory, memory[2])
+    assert torch.equal(again.blocks[2].attn.attn_weights.memory, learnt)
 
 
 def test_sigmoid_attention_has_the_bias_minus_log_t_and_its_own_derivative():

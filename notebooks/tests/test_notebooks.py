@@ -22,7 +22,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import helpers
-from figures import plot_head_intervals, plot_head_map, printable, signed_scale
+from figures import (plot_head_intervals, plot_head_map, plot_split, printable,
+                     signed_scale)
 from helpers import NUMBER, ROOT, claim
 
 FOLDER = ROOT / "notebooks"
@@ -169,6 +170,27 @@ def test_every_figure_has_a_number_a_caption_and_words_for_who_cannot_see_it(nam
         assert ignored, f"tags of {cell.id} in {name}: nbval-ignore-output, for drawings differ"
 
 
+SKETCHES = {  # titles of what was not computed, and of the reader's own model
+    "Only backpropagation needs the forward weights to carry the error back",
+    "Instead of asking each other, keys can hear one number of their query",
+    "To name the number, the letter has to be looked up", "a little model with random weights"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_title_that_is_a_sentence_is_held_by_a_claim_with_or_without_numbers(name: str) -> None:
+    for cell in cells(name, "code"):
+        tree, over_all, of_panels = ast.parse(cell.source), [], []
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            method = getattr(call.func, "attr", None)
+            over_all += call.args[:1] if method == "suptitle" else []
+            of_panels += call.args[:1] if method == "set_title" else []
+            of_panels += [keyword.value for keyword in call.keywords if keyword.arg == "title"]
+        for title in (text for node in over_all or of_panels for text in texts(tree, node)):
+            title = " ".join(title.split()).strip(": ")
+            held = any(title in sentence or sentence in title for sentence in claims(name))
+            assert held or len(title.split()) < 5 or title in SKETCHES, f"{name} claims no: {title}"
+
+
 @pytest.mark.parametrize("name", [*NAMES, "README"])
 def test_figures_that_are_spoken_of_are_there(name: str) -> None:
     captions = "".join(page(other) for other in NAMES)
@@ -296,6 +318,15 @@ def test_a_head_map_of_another_shape_is_refused(figures, shape, text) -> None:
 def test_signed_scales_are_centred_on_zero_and_hold_every_value(largest: float, end: int) -> None:
     norm = signed_scale(torch.tensor([largest, 2.0 if largest else 0.0]))
     assert (norm.vmin, norm.vmax, norm(0)) == (-end, end, 0.5)
+
+
+def test_a_split_stands_key_by_key_as_a_sum(figures) -> None:
+    attn, grad = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([1.0, -2.0, 4.0])  # so b = 1
+    ax = plot_split(attn, grad, "xyz")
+    d, o, f = ([(bar.get_y(), bar.get_height()) for bar in bars] for bars in ax.containers)
+    assert d == [(0, 0.25), (0, -0.375), (0, 0.75)] and f == [(0, 0), (0, -0.75), (0, 0.75)]
+    assert o == [(0.25, -0.25), (-0.375, -0.375), (0.75, 0)]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["x", "y", "z"]
 
 
 def test_intervals_stand_at_their_head_from_their_lower_to_their_upper_end(figures) -> None:

@@ -193,11 +193,16 @@ def test_full_is_plain_training_and_none_leaves_queries_and_keys_alone(table, mo
 def test_an_interrupted_table_of_runs_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(finetune, "FINETUNING", tmp_path / "finetuning.csv")
     monkeypatch.setattr(finetune, "RATES", (1e-4, 1e-3))
-    monkeypatch.setattr(finetune, "scored", lambda *_: {"rewritten_loss": 1.0})
-    made = []
+    made, table = [], others.reactions()
+
+    def scored(trained, measured):
+        assert measured.equals(table[table["part"] == "measured"])
+        return {"rewritten_loss": 1.0}
+
+    monkeypatch.setattr(finetune, "scored", scored)
 
     def tuned(trained, texts, *run):
-        assert len(texts) == 1024
+        assert texts == table.query("part == 'tuning'")["rewritten"].tolist()
         made.append(run)
         if len(made) == 6:
             raise KeyboardInterrupt

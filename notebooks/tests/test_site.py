@@ -50,6 +50,22 @@ def test_a_failing_cell_says_so_and_the_file_stays(execute) -> None:
     assert [other.name for other in path.parent.iterdir()] == ["notebook.ipynb"]
 
 
+def test_with_a_folder_for_outputs_nothing_is_written_of_or_after_what_fails(execute) -> None:
+    path = execute("print('a')")[1]
+    paths, folder = [path, *(path.with_name(f"{name}.ipynb") for name in "bc")], path.parent / "out"
+    paths[1].write_text(path.read_text().replace("print('a')", "1 / 0"))
+    paths[2].write_text(path.read_text())
+    before = [source.read_text() for source in paths]
+    folder.mkdir()
+    for source in paths[1:]:
+        (folder / source.name).write_text("as it was")
+    command = [sys.executable, EXECUTE, *paths, "--output-dir", folder]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 1
+    assert [source.read_text() for source in paths] == before and len([*folder.iterdir()]) == 3
+    assert [(folder / source.name).read_text() for source in paths[1:]] == ["as it was"] * 2
+    assert nbformat.read(folder / path.name, as_version=4).cells[0].outputs[0].text == "a\n"
+
+
 def test_a_figure_that_is_wanted_elsewhere_is_written_there(execute) -> None:
     source = "from IPython.display import SVG\nSVG('<svg xmlns=\"http://www.w3.org/2000/svg\"/>')"
     done, path = execute(source, file="answer.svg")

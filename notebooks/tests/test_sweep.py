@@ -52,7 +52,7 @@ OTHER = {
     "task": "shakespeare", "method": "fa", "rule": "ste", "base": "diagonal", "dose": 0.8,
     "after": 500, "attn_mode": "sigmoid", "qk_norm": "cut_k", "qk_start": "lecun",
     "score_cap": 0.01, "cap_backward": "cut", "score_scale": 2.0, "optimizer": "sgd",
-    "feedback_scale": 2.0, "lr": 0.03, "steps": 5, "seed": 201}
+    "feedback_scale": 2.0, "lr": 1 / 30, "steps": 5, "seed": 201}
 
 
 def changed(name):
@@ -102,10 +102,6 @@ def test_a_row_is_what_train_gives_for_every_column_that_determines_it(name, pat
     names = ["val_loss", *SYMPTOMS]
     if name != "after":  # of which the first three iterations know nothing
         assert (rows.loc[0, names].astype(float) != row[names].astype(float)).any()
-
-
-def test_a_rate_comes_back_from_the_file_as_it_was(path):
-    assert swept(grid("recall", ["full"], [1 / 3], [100]), path)["lr"].tolist() == [1 / 3]
 
 
 def test_runs_that_diverge_or_fail_are_rows_and_the_others_go_on(path, monkeypatch, capsys):
