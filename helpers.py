@@ -1,7 +1,4 @@
-"""Shared tools of the notebooks, in reading order: data, training, capture, harm, figures.
-
-The model and its rules are in ``model_local``, what the experiment judges by in ``data``.
-"""
+"""Shared tools of the notebooks, in reading order: data, training, capture and energies."""
 
 from __future__ import annotations
 
@@ -17,30 +14,30 @@ import pickle
 import re
 import textwrap
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from decimal import Decimal
 from numbers import Integral, Real
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
+from unittest import mock
 
 import numba
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import torch
-from matplotlib_inline.config import InlineBackend
-from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules import module as modules
+from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint as checkpoints
 from tqdm import tqdm
 
 import model_local
 from model_local import (SOFTMAX_BACKWARD, LocalGPT, LocalGPTConfig, attention_weights, diagonal,
                          full)
-from softmaxes import TINY, FusedCall, Softmaxes, softmax_or_nothing
 
 ROOT = Path(__file__).resolve().parent
 DATA = ROOT / "data"
@@ -414,6 +411,258 @@ def _load_checkpoint(path: Path) -> dict | None:
 # 3. Capture and energies
 # --------------------------------------------------------------------------------------------------
 
+TINY = torch.finfo(torch.float32).tiny  # a weight below this is that of a hidden key
+
+
+class _FusedCall(NamedTuple):
+    """What ``F.scaled_dot_product_attention`` is called with: see there for the arguments."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+    def cast(self) -> _FusedCall:
+        """To the type that autocast would choose."""
+        device = self.query.device.type
+        if self.query.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+            return self
+        return _FusedCall(*(x.to(torch.get_autocast_dtype(device)) for x in self[:3]), *self[3:])
+
+    def in_full(self) -> _FusedCall:
+        """As kernels compute: in float32 at least, each head of queries with its keys."""
+        query, key, value = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in self[:3])
+        if self.enable_gqa:  # query heads 0, 1, ... share the first head of the keys, and so on
+            n = query.shape[-3] // key.shape[-3]
+            key, value = key.repeat_interleave(n, -3), value.repeat_interleave(n, -3)
+        scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
+        return self._replace(query=query, key=key, value=value, scale=scale, enable_gqa=False)
+
+    def scores(self, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Of the queries in ``rows``, masked as they are told, and which keys they see."""
+        # causal scores end with the last key that one of the queries sees
+        keys = slice(rows.stop if self.is_causal else None)
+        scores = self.query[..., rows, :] @ self.key[..., keys, :].mT * self.scale
+        visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
+        if self.is_causal:
+            visible = visible.tril(rows.start or 0)
+        if self.attn_mask is not None:
+            whole = self.query.shape[-2], self.key.shape[-2]
+            mask = self.attn_mask.expand(*self.attn_mask.shape[:-2], *whole)[..., rows, keys]
+            if mask.dtype == torch.bool:
+                visible = visible & mask
+            else:
+                scores = scores + mask
+        scores = scores.masked_fill(~visible, -math.inf)
+        if self.attn_mask is not None and self.attn_mask.dtype != torch.bool:
+            visible = visible & _visible_keys(scores, self.attn_mask.dtype)
+        return scores, visible
+
+
+def _visible_keys(scores: Tensor, dtype: torch.dtype) -> Tensor:
+    """Which keys (B, H, T_q, T_k) are not hidden by their scores, masked by numbers of ``dtype``.
+
+    No score hides a key by itself: -10,000 and -100 do, and a model may have -110,000 on a key that
+    it sees. But it does by its weight, in float32 at least: half precision has zeros elsewhere. If
+    all scores of a query are about the type's least number, it is padding, and sees none.
+    """
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    log_weights = scores - scores.logsumexp(-1, keepdim=True)
+    least = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min) / 2
+    return ~(log_weights < math.log(TINY)) & ~(scores <= least).all(-1, keepdim=True)
+
+
+def _softmax_or_nothing(scores: Tensor) -> Tensor:
+    """A query that may see no key, as in padding, attends to none."""
+    return scores.softmax(-1).masked_fill((scores == -math.inf).all(-1, keepdim=True), 0.0)
+
+
+class _Softmaxes(TorchFunctionMode):
+    """While a module of ``model`` is at work, every softmax over keys in it is made by ``weights``.
+
+    That takes the arguments of ``attention_weights`` (send_back=None: by autograd). A mode like
+    this is offered every call of a PyTorch function, by whatever name the model has imported it. It
+    is off inside its own handlers: what these call is seen by an outer mode alone, so captures and
+    rules can be nested in any order.
+    """
+
+    def __init__(self, model: nn.Module, only: str, weights: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.model, self.only, self.weights = model, only, weights
+        self.names = {module: name for name, module in model.named_modules()}
+        self.heads: dict[str, int] = {}  # of a module, by its own word or of one above; 0: unknown
+        for module, name in self.names.items():
+            self.heads[name] = _heads(module) or self.heads.get(name.rpartition(".")[0], 0)
+        self.at_work: list[str] = []  # names of modules, the innermost last
+        self.used: dict[str, int] = {}  # how many attentions a module has had in this pass
+        self.has_run = self.has_seen = False
+        self.passed: dict[str, tuple[int, ...]] = {}  # modules whose softmax was let through
+        self.n_heads = 0  # of scores (B * H, T_q, T_k); 0: there are none
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        for module, name in self.names.items():
+            if hasattr(module, "_orig_mod") or module._compiled_call_impl:
+                raise ValueError(f"{name or type(module).__name__!r} is compiled, so nothing is "
+                                 "seen in it: use the model as it was before torch.compile")
+        with ExitStack() as hooks:  # which takes them off again, whatever happens
+            # hooks of all modules: those of this model's own would be copied and saved with it
+            hooks.enter_context(modules.register_module_forward_pre_hook(self._enter))
+            hooks.enter_context(modules.register_module_forward_hook(self._leave, always_call=True))
+            # both kinds of checkpoints are given here the function that they are to call again
+            for owner, name in ((checkpoints, "_checkpoint_without_reentrant_generator"),
+                                (checkpoints.CheckpointFunction, "apply")):
+                keep = functools.partial(self._keep, getattr(owner, name))
+                hooks.enter_context(mock.patch.object(owner, name, keep))
+            hooks.callback(self._end)
+            yield
+        self._check()
+
+    # Hooks enter and leave the mode, by bare __enter__ and __exit__: so it is off for all that is
+    # not this model's, and on again where a checkpoint, in the backward pass, calls a module once
+    # more to recompute its activations.
+
+    def _enter(self, module, inputs) -> None:
+        if module not in self.names:
+            return
+        if not self.at_work:
+            self.used.clear()
+            self.has_run = True
+            self.__enter__()
+        self.at_work.append(self.names[module])
+
+    def _leave(self, module, inputs, output) -> None:
+        if module not in self.names:
+            return
+        self.at_work.pop()
+        if not self.at_work:
+            self.__exit__(None, None, None)
+
+    def _end(self) -> None:
+        if self.at_work:  # interrupted inside a module: PyTorch calls no hook then
+            self.at_work.clear()
+            self.__exit__(None, None, None)
+
+    def _keep(self, checkpoint, function, *args, **kwargs):
+        now = [*self.at_work], {**self.used}
+        again = functools.partial(self._again, now, function) if self.at_work else function
+        return checkpoint(again, *args, **kwargs)
+
+    def _again(self, then, function, *args, **kwargs):
+        """``function``, called by the modules that were at work when a checkpoint was given it."""
+        if self.at_work:
+            return function(*args, **kwargs)
+        self.at_work, self.used = [*then[0]], {**then[1]}
+        self.__enter__()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self._end()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", None)
+        if not re.search(self.only, self.at_work[-1]):
+            return func(*args, **kwargs)
+        # Modes are offered PyTorch's own functions alone; attention_weights, which is ours, offers
+        # itself by torch.overrides.handle_torch_function.
+        if func is attention_weights:
+            self._admit(args[0])
+            return self.weights(*args, **kwargs)
+        if name == "scaled_dot_product_attention":
+            call = _FusedCall(*args, **kwargs)
+            self._admit(max(call[:3], key=Tensor.dim))
+            return self.fused(func, call.cast())
+        if name in ("softmax", "special_softmax"):  # of torch, torch.nn.functional, or a tensor
+            return self._softmax(func, *args, **kwargs)
+        if name in ("multi_head_attention_forward", "softmin", "gumbel_softmax"):
+            return self._inside(func, *args, **kwargs)
+        return func(*args, **kwargs)
+
+    def fused(self, attention: Callable[..., Tensor], given: _FusedCall) -> Tensor:
+        """The output of ``F.scaled_dot_product_attention`` by way of weights that can be seen."""
+        with torch.autocast(given.query.device.type, enabled=False):
+            call = given.in_full()
+            scores, visible = call.scores()
+            attn = self.weights(scores, visible, _softmax_or_nothing, full)
+            return (F.dropout(attn, call.dropout_p) @ call.value).to(given.value.dtype)
+
+    def _softmax(self, func, input: Tensor, dim: int | None = None, *args, **kwargs):
+        is_batched = input.dim() == 4
+        if dim not in (-1, input.dim() - 1) or not (is_batched or self.n_heads):
+            if input.dim() > 2:  # two axes are of classes or of experts
+                self.passed[self.at_work[-1]] = tuple(input.shape)
+            return func(input, dim, *args, **kwargs)
+        scores = input if is_batched else input.unflatten(0, (-1, self.n_heads))
+        self._admit(scores)
+        attn = self.weights(scores, _visible_keys(scores, scores.dtype),
+                            lambda scores: func(scores, -1, *args, **kwargs), None)
+        return attn.view_as(input)
+
+    def _inside(self, func, *args, **kwargs):
+        # These call a softmax, which this mode would not see: it is off here, inside its handler.
+        # On, it would be offered the whole function again, without end. So that one is told not to
+        # offer itself; the functions that it calls ask by other names.
+        is_multi_head = func is F.multi_head_attention_forward
+        n_heads = args[4] if is_multi_head else self.n_heads
+        asked = dict.fromkeys(("has_torch_function", "has_torch_function_unary"), lambda *_: False)
+        with self, mock.patch.object(self, "n_heads", n_heads), mock.patch.multiple(F, **asked):
+            return func(*args, **kwargs)
+
+    def _admit(self, x: Tensor) -> None:
+        """Refuse attention that would be read wrongly, by its scores or queries ``x``."""
+        name = self.at_work[-1]
+        heads = self.heads[name]
+        callers = (frame.f_code.co_name for frame, _ in traceback.walk_stack(None))
+        if torch._C._are_functorch_transforms_active():
+            why = "is run by torch.func (grad, vmap, ...): take gradients by loss.backward()"
+        elif torch.compiler.is_compiling() or "compile_wrapper" in callers:
+            why = "is in a function that torch.compile made: call the one that it was made of"
+        elif x.is_nested:
+            why = "is of nested tensors: pad them"
+        elif x.dim() != 4 or heads not in (0, x.shape[1]):
+            why = f"has shape {tuple(x.shape)}, and not (batch, {heads or 'heads'}, queries, ...)"
+        else:
+            self.has_seen = True
+            return
+        raise ValueError(f"the attention of {name!r} {why}. Or leave it out by only=, a regular "
+                         "expression that matches the names of other modules alone")
+
+    def _check(self) -> None:
+        """Was an attention seen, and what was not?"""
+        passed = ", ".join(f"{name!r} on {shape}" for name, shape in self.passed.items())
+        if not self.has_seen:
+            why = "no module was called"
+            if self.has_run:
+                why = "none of PyTorch's softmaxes was called on scores (B, H, T_q, T_k)"
+            where = f" in a module whose name matches {self.only!r}" if self.only else ""
+            but = f", but in {passed}" if passed else ""
+            raise RuntimeError(f"{type(self.model).__name__}: no attention was seen: {why}{where}"
+                               f"{but}. A fused kernel that is called directly cannot be: choose "
+                               "the model's eager or sdpa implementation")
+        if passed:
+            # to be shown where the 'with' statement stands, six calls from here
+            warnings.warn("a softmax was let through, as its scores are not (B, H, T_q, T_k), in "
+                          f"{passed}: if that is attention, it is missing here; if not, leave the "
+                          "module out by only=", stacklevel=6)
+
+
+# what a module or its configuration calls the number of its heads
+HEADS = re.compile(r"(n|num)?_?(attention_|attn_)?heads?")
+
+
+def _heads(module: nn.Module) -> int:
+    for holder in (module, getattr(module, "config", None)):
+        for name, value in getattr(holder, "__dict__", {}).items():
+            if HEADS.fullmatch(name) and type(value) is int:
+                return value
+    return 0
+
+
 
 class CapturedAttention:
     """One attention of a model, a softmax over keys, in the passes that a capture has seen.
@@ -471,7 +720,7 @@ TILE = 2**21  # pairs of a query and a key whose maps are made at once: 8 MB eac
 
 
 @torch.no_grad()
-def _fused_sums(call: FusedCall, grad_out: Tensor) -> Tensor:
+def _fused_sums(call: _FusedCall, grad_out: Tensor) -> Tensor:
     """``head_sums`` of a fused attention, of as many queries at a time as ``TILE`` holds.
 
     Both maps follow from what it is given: ``A = softmax(scores)`` and ``dL/dA = dO V^T``. Weights
@@ -488,12 +737,12 @@ def _fused_sums(call: FusedCall, grad_out: Tensor) -> Tensor:
             grad = grad_out[:, :, rows].to(call.value) @ call.value.mT
             # weights that several sequences or heads share have the sum of their gradients
             grad = grad.sum_to_size(*scores.shape[:2], *grad.shape[2:])
-            attn = softmax_or_nothing(scores.masked_fill(~visible, -math.inf))
+            attn = _softmax_or_nothing(scores.masked_fill(~visible, -math.inf))
             sums = sums + head_sums(attn, grad, visible)
     return sums
 
 
-class _Capture(Softmaxes):
+class _Capture(_Softmaxes):
     """Shows every attention to a ``CapturedAttention``, by the name of the module at work."""
 
     def __init__(self, model: nn.Module, only: str, maps: bool) -> None:
@@ -524,13 +773,13 @@ class _Capture(Softmaxes):
 
         return self._watch(layer, attn, arrived, attn.detach(), visible)
 
-    def fused(self, attention, call: FusedCall) -> Tensor:
+    def fused(self, attention, call: _FusedCall) -> Tensor:
         if self.maps or call.dropout_p > 0:  # what dropout left, the kernel tells nobody
             return super().fused(attention, call)
         layer, options = self._layer(), call[4:]
 
         def arrived(grad: Tensor, *tensors: Tensor | None) -> None:
-            sums = _fused_sums(FusedCall(*tensors, *options), grad)
+            sums = _fused_sums(_FusedCall(*tensors, *options), grad)
             layer.shape = (*sums.shape[:2], tensors[0].shape[-2], tensors[1].shape[-2])
             layer.kept.setdefault("sums", []).append(sums)
 
@@ -619,7 +868,7 @@ def softmax_rule(model: nn.Module, name: str, only: str = "") -> Iterator[None]:
     def weights(scores, visible, activation, _) -> Tensor:
         return attention_weights(scores, visible, activation, send_back)
 
-    with Softmaxes(model, only, weights).attached():
+    with _Softmaxes(model, only, weights).attached():
         yield
 
 
@@ -846,7 +1095,7 @@ def attention_energy(query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor
     pairs = size["B"], size["H"], size["T_q"], size["T_k"]
     _expect(attn_mask is None or _is_mask(attn_mask, pairs),
             f"a mask, boolean or of scores, that broadcasts to {pairs}", attn_mask=attn_mask)
-    call = FusedCall(query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa)
+    call = _FusedCall(query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa)
     return _energies(_finite(_fused_sums(call, grad_out)), n_boot, seed)
 
 
@@ -949,145 +1198,3 @@ def _expect(fits: bool, what: str, **given) -> None:
         kinds = [f"{name} {x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else
                  f"{name} {type(x).__name__}" for name, x in given.items()]
         raise ValueError(f"expected {what}, got {', '.join(kinds)}")
-
-
-# --------------------------------------------------------------------------------------------------
-# 4. Harm and claims: what a rule costs, and whether a sentence says what was computed
-# --------------------------------------------------------------------------------------------------
-
-TOLERABLE, CATASTROPHIC = 0.25, 1.0  # bounds on harm, fixed before the runs
-
-
-class Harm(NamedTuple):
-    """``harm`` with its 95 % interval, and the verdict on it."""
-
-    harm: float
-    low: float
-    high: float
-    verdict: str
-
-
-def harm(rule: Iterable[float], full: Iterable[float], none: Iterable[float],
-         confidence: float = 0.95) -> Harm:
-    """``(L_rule - L_full) / (L_none - L_full)`` over paired seeds.
-
-    It is 0 for the exact pass and 1 where Q and K are never trained. rule, full, none: final losses
-    of the same seeds (two or more), inf for a run that diverged; else ValueError. The ratio is that
-    of means, its interval Fieller's (1954), exact for normal differences. Verdicts, in this order:
-
-    ``undecided``     the interval of ``L_none - L_full`` reaches zero, or one of the two diverged
-    ``catastrophic``  a run of the rule diverged, or the lower end of the interval is at least 1
-    ``tolerable``     its upper end is at most 0.25
-    ``undetermined``  it reaches from below 0.25 to above 1
-    ``costly``        otherwise
-
-    >>> full, none = [2.0, 2.1, 1.9], [3.0, 3.1, 2.9]
-    >>> harm([2.05, 2.1, 2.0], full, none).verdict, harm([2.4, 2.6, 2.5], full, none).verdict
-    ('tolerable', 'costly')
-    """
-    rule, full, none = (np.array([*losses], dtype=float) for losses in (rule, full, none))
-    n = len(full)
-    if not len(rule) == n == len(none) or n < 2:
-        raise ValueError(f"the same seeds, two or more, of each: not {len(rule)}, {n}, {len(none)}")
-    if np.isnan([rule, full, none]).any():
-        raise ValueError("a loss is NaN: leave a missing seed out, write inf where a run diverged")
-    if not np.isfinite([full, none]).all():
-        return Harm(math.nan, math.nan, math.nan, "undecided")
-    scale = none - full
-    t = stats.t.ppf((1 + confidence) / 2, n - 1)
-    if not scale.mean() > t * scale.std(ddof=1) / math.sqrt(n):
-        return Harm(math.nan, math.nan, math.nan, "undecided")
-    if not np.isfinite(rule).all():
-        return Harm(math.inf, math.inf, math.inf, "catastrophic")
-    excess = rule - full
-    # Fieller: all h for which mean(excess - h scale) is within t standard errors of zero
-    (vee, ves), (_, vss) = np.cov(excess, scale) * t**2 / n
-    a = scale.mean() ** 2 - vss
-    b = excess.mean() * scale.mean() - ves
-    c = excess.mean() ** 2 - vee
-    root = math.sqrt(max(b * b - a * c, 0))
-    low, high = (b - root) / a, (b + root) / a
-    if low >= CATASTROPHIC:
-        verdict = "catastrophic"
-    elif high <= TOLERABLE:
-        verdict = "tolerable"
-    else:
-        verdict = "undetermined" if low < TOLERABLE and high > CATASTROPHIC else "costly"
-    return Harm(excess.mean() / scale.mean(), low, high, verdict)
-
-
-def share_interval(solved: int, runs: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's (1927) interval for a share: it keeps its level also near 0 and 1."""
-    interval = stats.binomtest(solved, runs).proportion_ci(confidence, method="wilson")
-    return float(interval.low), float(interval.high)
-
-
-# A number as prose has it: 0.43, -0.22, 1,003,854, 10^{-3}, 3\cdot10^{-5}; not 1/4, H100 or x_1.
-NUMBER = re.compile(
-    r"(?<![\w.^/])(?<!\d,)-?(?:[\d.]+\\cdot)?"  # a sign and a factor, not within a word
-    r"(?:10\^\{?-?\d+\}?|\d+(?:,\d{3})*(?:\.\d+)?)"  # a power of ten, or digits
-    r"(?![\w/]|\.\d)")
-
-
-def claim(sentence: str, *values: float | bool, within: float | None = None,
-          corpus: Corpus | None = None) -> None:
-    """Hold a sentence of the text against what was computed; AssertionError says what is not so.
-
-    The numbers in ``sentence``, in order, must be the ``values``: to the digits printed, or to
-    ``within`` where trained runs differ from machine to machine. True or False stands for what the
-    words say. With a ``corpus`` that is not Tiny Shakespeare nothing is claimed.
-
-    >>> claim("harm stays below 0.25: 0.05 [0.04, 0.06]", 0.25, 0.0512, 0.0433, 0.0589)
-    >>> claim("harm is 0.07 on 656 runs", 0.0512, 656)
-    Traceback (most recent call last):
-        ...
-    AssertionError: 0.07 should be 0.0512 in: harm is 0.07 on 656 runs
-    """
-    if corpus is not None and not corpus.is_shakespeare:
-        return
-
-    def hold(so: bool, otherwise: str) -> None:
-        if not so:
-            raise AssertionError(f"{otherwise} in: {sentence}")
-
-    written = []
-    for number in NUMBER.findall(sentence):
-        number = re.sub(r"[,{}]", "", number).replace(r"\cdot10^", "e").replace("10^", "1e")
-        written.append(Decimal(number))
-    truths = [value for value in values if isinstance(value, (bool, np.bool_))]
-    values = [value for value in values if not isinstance(value, (bool, np.bool_))]
-    hold(len(written) == len(values), f"{len(values)} numbers given, and {len(written)}")
-    hold(truths or values, "nothing given that could support what is said")
-    hold(all(truths), "what is said does not hold")
-    for number, value in zip(written, values, strict=True):
-        reach = 0.5 * 10.0 ** number.as_tuple().exponent if within is None else within
-        hold(abs(value - float(number)) <= reach * (1 + 1e-9), f"{number:f} should be {value:.6g}")
-
-
-# --------------------------------------------------------------------------------------------------
-# 5. Figures: their colours and look; those of heads are drawn by notebooks/figures.py
-# --------------------------------------------------------------------------------------------------
-
-# Okabe and Ito's colour-blind-safe palette; one colour for one thing on every page
-COLORS = {"bp": "#0072B2", "fa": "#D55E00", "sign_sym": "#009E73", "dfa": "#CC79A7",
-          "full": "#333333", "diag": "#0072B2", "offdiag": "#D55E00", "cross": "#009E73",
-          "ste": "#CC79A7"}
-# energies; signed quantities, centred on zero. Nothing has the page's colour, also a dark page's.
-SEQUENTIAL, DIVERGING = "magma_r", "RdBu_r"
-
-
-def set_style() -> None:
-    """The look of every figure and table in the report; called once a notebook."""
-    pd.set_option("display.max_rows", None, "display.max_columns", None)
-    inline = InlineBackend.instance()
-    inline.figure_formats = {"svg"}
-    # Without a date and with a fixed salt, the same figure is the same bytes.
-    undated = {"Date": None, "Creator": None}
-    inline.print_figure_kwargs = {"bbox_inches": "tight", "metadata": undated}
-    sns.set_theme(context="notebook", style="ticks", palette=list(COLORS.values()), rc={
-        "figure.figsize": (7, 4), "figure.dpi": 100, "figure.constrained_layout.use": True,
-        "axes.titlelocation": "left", "axes.titlesize": "medium",
-        "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-        "svg.hashsalt": "report", "svg.fonttype": "none",  # text stays text: half the bytes
-        "mathtext.fontset": "stix",  # every machine has a serif face as wide
-    })

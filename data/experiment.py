@@ -17,17 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.axes import Axes
 from scipy import stats
 from torch import Tensor
 from torch.nn import functional as F
 
-from helpers import (CATASTROPHIC, COLORS, DATA, TOLERABLE, CapturedAttention, Harm, capture_batch,
-                     gradient_cosines, harm, share_interval, twin)
+from helpers import DATA, CapturedAttention, capture_batch, gradient_cosines, twin
 from model_local import LocalGPT, LocalGPTConfig, full
 
 # --------------------------------------------------------------------------------------------------
@@ -320,6 +317,77 @@ def runs_without_norms() -> pd.DataFrame:
 
 
 # --------------------------------------------------------------------------------------------------
+# Harm and shares
+# --------------------------------------------------------------------------------------------------
+
+TOLERABLE, CATASTROPHIC = 0.25, 1.0  # bounds on harm, fixed before the runs
+
+
+class Harm(NamedTuple):
+    """``harm`` with its 95 % interval, and the verdict on it."""
+
+    harm: float
+    low: float
+    high: float
+    verdict: str
+
+
+def harm(rule: Iterable[float], full: Iterable[float], none: Iterable[float],
+         confidence: float = 0.95) -> Harm:
+    """``(L_rule - L_full) / (L_none - L_full)`` over paired seeds.
+
+    It is 0 for the exact pass and 1 where Q and K are never trained. rule, full, none: final losses
+    of the same seeds (two or more), inf for a run that diverged; else ValueError. The ratio is that
+    of means, its interval Fieller's (1954), exact for normal differences. Verdicts, in this order:
+
+    ``undecided``     the interval of ``L_none - L_full`` reaches zero, or one of the two diverged
+    ``catastrophic``  a run of the rule diverged, or the lower end of the interval is at least 1
+    ``tolerable``     its upper end is at most 0.25
+    ``undetermined``  it reaches from below 0.25 to above 1
+    ``costly``        otherwise
+
+    >>> full, none = [2.0, 2.1, 1.9], [3.0, 3.1, 2.9]
+    >>> harm([2.05, 2.1, 2.0], full, none).verdict, harm([2.4, 2.6, 2.5], full, none).verdict
+    ('tolerable', 'costly')
+    """
+    rule, full, none = (np.array([*losses], dtype=float) for losses in (rule, full, none))
+    n = len(full)
+    if not len(rule) == n == len(none) or n < 2:
+        raise ValueError(f"the same seeds, two or more, of each: not {len(rule)}, {n}, {len(none)}")
+    if np.isnan([rule, full, none]).any():
+        raise ValueError("a loss is NaN: leave a missing seed out, write inf where a run diverged")
+    if not np.isfinite([full, none]).all():
+        return Harm(math.nan, math.nan, math.nan, "undecided")
+    scale = none - full
+    t = stats.t.ppf((1 + confidence) / 2, n - 1)
+    if not scale.mean() > t * scale.std(ddof=1) / math.sqrt(n):
+        return Harm(math.nan, math.nan, math.nan, "undecided")
+    if not np.isfinite(rule).all():
+        return Harm(math.inf, math.inf, math.inf, "catastrophic")
+    excess = rule - full
+    # Fieller: all h for which mean(excess - h scale) is within t standard errors of zero
+    (vee, ves), (_, vss) = np.cov(excess, scale) * t**2 / n
+    a = scale.mean() ** 2 - vss
+    b = excess.mean() * scale.mean() - ves
+    c = excess.mean() ** 2 - vee
+    root = math.sqrt(max(b * b - a * c, 0))
+    low, high = (b - root) / a, (b + root) / a
+    if low >= CATASTROPHIC:
+        verdict = "catastrophic"
+    elif high <= TOLERABLE:
+        verdict = "tolerable"
+    else:
+        verdict = "undetermined" if low < TOLERABLE and high > CATASTROPHIC else "costly"
+    return Harm(excess.mean() / scale.mean(), low, high, verdict)
+
+
+def share_interval(solved: int, runs: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's (1927) interval for a share: it keeps its level also near 0 and 1."""
+    interval = stats.binomtest(solved, runs).proportion_ci(confidence, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+# --------------------------------------------------------------------------------------------------
 # The window of learning rates, as notebooks/protocol.md fixes it
 # --------------------------------------------------------------------------------------------------
 
@@ -438,32 +506,6 @@ def of_arms(table: pd.DataFrame, task: str, **changes) -> pd.DataFrame:
         setting = usual | setting
         parts.append(table[(table[[*setting]] == pd.Series(setting)).all(axis=1)].assign(arm=arm))
     return pd.concat(parts, ignore_index=True)
-
-
-def plot_windows(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """``share`` at every rate (rows of ``windows`` with a column ``name``); windows are framed.
-
-    A line of cells a ``name``, in the table's order, a column a rate. Of recall the cells have the
-    counts, of text the share; what was not run, or cannot be told, stays blank.
-    """
-    ax = ax or plt.gca()
-    names, rates = [*dict.fromkeys(table["name"])], sorted(table["lr"].unique())
-    shares = table.pivot(index="name", columns="lr", values="share").loc[names, rates]
-    ax.imshow(shares.clip(0, 1), cmap="Blues", vmin=0, vmax=1.6, aspect="auto")  # to write on
-    for cell in table.dropna(subset="share").itertuples():
-        x, y = rates.index(cell.lr), names.index(cell.name)
-        on_recall = isinstance(TASKS[cell.task].data, RecallTask)
-        words = f"{cell.solved}/{cell.runs}" if on_recall else f"{cell.share:.2f}"
-        ax.text(x, y, words, ha="center", va="center", fontsize="small")
-        if cell.inside:
-            frame = {"fill": False, "edgecolor": COLORS["offdiag"], "linewidth": 2}
-            ax.add_patch(plt.Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, **frame))
-    ax.set_xticks(range(len(rates)), [f"{rate:.0e}".replace("e-0", "e-") for rate in rates])
-    ax.set_yticks(range(len(names)), names)
-    ax.tick_params(length=0)
-    ax.grid(visible=False)
-    ax.set_xlabel("learning rate")
-    return ax
 
 
 # --------------------------------------------------------------------------------------------------
@@ -677,73 +719,3 @@ def mending(runs: pd.DataFrame, rules: Iterable[str] = ("diagonal", "zero")) -> 
                     break
         rows += family
     return pd.DataFrame(rows)
-
-
-VERDICT_COLORS = {"tolerable": COLORS["sign_sym"], "costly": "#9A6700",
-                  "catastrophic": COLORS["offdiag"], "undetermined": "#777777"}
-
-
-def verdict_table(table: pd.DataFrame, digits: int = 3) -> str:
-    """The HTML of a table whose column ``verdict`` has the colours of ``plot_harm``.
-
-    Numbers have so many ``digits`` after the point, learning rates (``lr``) five.
-
-    >>> row = {"lr": [3e-5], "harm": [0.0125], "verdict": ["undetermined"]}
-    >>> table = verdict_table(pd.DataFrame(row), digits=2)
-    >>> [part in table for part in (">0.00003<", ">0.01<", "background: #77777740")]
-    [True, True, True]
-    """
-    shown = table.style.format(precision=digits, na_rep="").format("{:.5f}", subset=["lr"])
-    colors = {verdict: f"background: {color}40" for verdict, color in VERDICT_COLORS.items()}
-    shown = shown.map(lambda verdict: colors.get(verdict, ""), subset=["verdict"])
-    return shown.set_uuid("verdicts").set_table_attributes('class="dataframe"').to_html()
-
-
-def plot_harm(table: pd.DataFrame) -> np.ndarray:
-    """Harm of every rule (rows of ``harm_table``) with its interval and the verdict's two bounds.
-
-    A panel a group that has verdicts, one below the other, in a figure of their own; returns their
-    axes as an array. Raises ValueError where there is none.
-    """
-    shown = table[~table["rule"].isin(["full", "none"]) & table["harm"].notna()]
-    if shown.empty:
-        raise ValueError("no rule in this table has a harm to draw: it needs test runs of a rule, "
-                         "of full and of none")
-    groups = dict(iter(shown.groupby(GROUP, sort=False)))
-    heights = [len(part) + 1.2 for part in groups.values()]
-    _, axes = plt.subplots(len(groups), 1, figsize=(9, 0.27 * sum(heights) + 0.8), sharex=True,
-                           squeeze=False, height_ratios=heights)
-    axes = axes[:, 0]
-    # not by colour alone
-    markers = {"tolerable": "o", "costly": "s", "catastrophic": "X", "undetermined": "D"}
-    words = {"fontsize": "small", "va": "center", "textcoords": "offset points"}
-    for ax, (values, part) in zip(axes, groups.items(), strict=True):
-        part = part.sort_values("harm", ascending=False)
-        for position, row in enumerate(part.itertuples()):
-            color = VERDICT_COLORS[row.verdict]
-            if math.isinf(row.harm):  # a seed diverged: at the edge, beyond every scale
-                edge = ax.get_yaxis_transform()
-                ax.plot(1, position, ">", transform=edge, clip_on=False, color=color)
-                ax.annotate("diverged", (1, position), (-8, 0), xycoords=edge, ha="right",
-                            color=color, **words)
-                continue
-            ax.plot([row.low, row.high], [position] * 2, linewidth=2, color=color)
-            face = "white" if row.lr_at_end else color  # a rate beyond might have been better
-            ax.plot(row.harm, position, markers[row.verdict], markerfacecolor=face, color=color)
-            ax.annotate(row.verdict, (max(row.high, 1), position), (8, 0), color=color, **words)
-        for bound in (TOLERABLE, CATASTROPHIC):
-            ax.axvline(bound, color="0.6", linewidth=1, linestyle="--", zorder=0)
-        ax.axvline(0, color="0.8", linewidth=1, zorder=0)
-        ax.set_yticks(range(len(part)), part["rule"])
-        ax.set_ylim(-0.6, len(part) - 0.4)
-        ax.set_title(group_title(dict(zip(GROUP, values, strict=True))), fontsize="small")
-        ax.margins(x=0.2)  # for the words
-    axes[-1].set_xlabel("harm (0: full, 1: Q and K never trained)")
-    return axes
-
-
-def group_title(group: dict[str, object]) -> str:
-    """What is said of a group over its panel: task and method, then what is not as usual."""
-    unusual = [f"{name} {group[name]}" for name in GROUP
-               if name != "method" and group[name] != USUAL.get(name, group[name])]
-    return ", ".join([group["task"], group["method"], *unusual, f"{group['steps']:,} iterations"])

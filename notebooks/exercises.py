@@ -20,7 +20,8 @@ import torch
 from scipy.stats import t as student_t
 from torch import Tensor
 
-from helpers import capture_batch, harm
+from data.experiment import harm
+from helpers import capture_batch
 from helpers import split_softmax_gradient as split
 from model_local import LocalGPT, LocalGPTConfig
 

@@ -1,18 +1,47 @@
-"""Figures of heads: maps, rows and intervals. They only draw; numbers come from ``helpers``."""
+"""The look of the report, and what it draws: heads, windows, harm. Numbers come from elsewhere."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize, SymLogNorm
+from matplotlib_inline.config import InlineBackend
 from torch import Tensor
 
-from helpers import COLORS, SEQUENTIAL, split_softmax_gradient
+from data.experiment import CATASTROPHIC, GROUP, TASKS, TOLERABLE, USUAL, RecallTask
+from helpers import split_softmax_gradient
+
+# Okabe and Ito's colour-blind-safe palette; one colour for one thing on every page
+COLORS = {"bp": "#0072B2", "fa": "#D55E00", "sign_sym": "#009E73", "dfa": "#CC79A7",
+          "full": "#333333", "diag": "#0072B2", "offdiag": "#D55E00", "cross": "#009E73",
+          "ste": "#CC79A7"}
+# energies; signed quantities, centred on zero. Nothing has the page's colour, also a dark page's.
+SEQUENTIAL, DIVERGING = "magma_r", "RdBu_r"
+
+
+def set_style() -> None:
+    """The look of every figure and table in the report; called once a notebook."""
+    pd.set_option("display.max_rows", None, "display.max_columns", None)
+    inline = InlineBackend.instance()
+    inline.figure_formats = {"svg"}
+    # Without a date and with a fixed salt, the same figure is the same bytes.
+    undated = {"Date": None, "Creator": None}
+    inline.print_figure_kwargs = {"bbox_inches": "tight", "metadata": undated}
+    sns.set_theme(context="notebook", style="ticks", palette=list(COLORS.values()), rc={
+        "figure.figsize": (7, 4), "figure.dpi": 100, "figure.constrained_layout.use": True,
+        "axes.titlelocation": "left", "axes.titlesize": "medium",
+        "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+        "svg.hashsalt": "report", "svg.fonttype": "none",  # text stays text: half the bytes
+        "mathtext.fontset": "stix",  # every machine has a serif face as wide
+    })
+
 
 # the softmax's rules in plain words, as a reader meets them
 RULE_NAMES = {
@@ -105,3 +134,99 @@ def signed_scale(maps: Tensor, linear: float = 0.01) -> SymLogNorm:
     """A scale for signed values, centred on zero: logarithmic beyond ``linear`` of the largest."""
     high = torch.where(maps.isfinite(), maps.abs(), 0).max().item() or 1.0  # zeros have one, too
     return SymLogNorm(linear * high, vmin=-high, vmax=high)
+
+
+def plot_windows(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """``share`` at every rate (rows of ``windows`` with a column ``name``); windows are framed.
+
+    A line of cells a ``name``, in the table's order, a column a rate. Of recall the cells have the
+    counts, of text the share; what was not run, or cannot be told, stays blank.
+    """
+    ax = ax or plt.gca()
+    names, rates = [*dict.fromkeys(table["name"])], sorted(table["lr"].unique())
+    shares = table.pivot(index="name", columns="lr", values="share").loc[names, rates]
+    ax.imshow(shares.clip(0, 1), cmap="Blues", vmin=0, vmax=1.6, aspect="auto")  # to write on
+    for cell in table.dropna(subset="share").itertuples():
+        x, y = rates.index(cell.lr), names.index(cell.name)
+        on_recall = isinstance(TASKS[cell.task].data, RecallTask)
+        words = f"{cell.solved}/{cell.runs}" if on_recall else f"{cell.share:.2f}"
+        ax.text(x, y, words, ha="center", va="center", fontsize="small")
+        if cell.inside:
+            frame = {"fill": False, "edgecolor": COLORS["offdiag"], "linewidth": 2}
+            ax.add_patch(plt.Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, **frame))
+    ax.set_xticks(range(len(rates)), [f"{rate:.0e}".replace("e-0", "e-") for rate in rates])
+    ax.set_yticks(range(len(names)), names)
+    ax.tick_params(length=0)
+    ax.grid(visible=False)
+    ax.set_xlabel("learning rate")
+    return ax
+
+
+VERDICT_COLORS = {"tolerable": COLORS["sign_sym"], "costly": "#9A6700",
+                  "catastrophic": COLORS["offdiag"], "undetermined": "#777777"}
+
+
+def verdict_table(table: pd.DataFrame, digits: int = 3) -> str:
+    """The HTML of a table whose column ``verdict`` has the colours of ``plot_harm``.
+
+    Numbers have so many ``digits`` after the point, learning rates (``lr``) five.
+
+    >>> row = {"lr": [3e-5], "harm": [0.0125], "verdict": ["undetermined"]}
+    >>> table = verdict_table(pd.DataFrame(row), digits=2)
+    >>> [part in table for part in (">0.00003<", ">0.01<", "background: #77777740")]
+    [True, True, True]
+    """
+    shown = table.style.format(precision=digits, na_rep="").format("{:.5f}", subset=["lr"])
+    colors = {verdict: f"background: {color}40" for verdict, color in VERDICT_COLORS.items()}
+    shown = shown.map(lambda verdict: colors.get(verdict, ""), subset=["verdict"])
+    return shown.set_uuid("verdicts").set_table_attributes('class="dataframe"').to_html()
+
+
+def plot_harm(table: pd.DataFrame) -> np.ndarray:
+    """Harm of every rule (rows of ``harm_table``) with its interval and the verdict's two bounds.
+
+    A panel a group that has verdicts, one below the other, in a figure of their own; returns their
+    axes as an array. Raises ValueError where there is none.
+    """
+    shown = table[~table["rule"].isin(["full", "none"]) & table["harm"].notna()]
+    if shown.empty:
+        raise ValueError("no rule in this table has a harm to draw: it needs test runs of a rule, "
+                         "of full and of none")
+    groups = dict(iter(shown.groupby(GROUP, sort=False)))
+    heights = [len(part) + 1.2 for part in groups.values()]
+    _, axes = plt.subplots(len(groups), 1, figsize=(9, 0.27 * sum(heights) + 0.8), sharex=True,
+                           squeeze=False, height_ratios=heights)
+    axes = axes[:, 0]
+    # not by colour alone
+    markers = {"tolerable": "o", "costly": "s", "catastrophic": "X", "undetermined": "D"}
+    words = {"fontsize": "small", "va": "center", "textcoords": "offset points"}
+    for ax, (values, part) in zip(axes, groups.items(), strict=True):
+        part = part.sort_values("harm", ascending=False)
+        for position, row in enumerate(part.itertuples()):
+            color = VERDICT_COLORS[row.verdict]
+            if math.isinf(row.harm):  # a seed diverged: at the edge, beyond every scale
+                edge = ax.get_yaxis_transform()
+                ax.plot(1, position, ">", transform=edge, clip_on=False, color=color)
+                ax.annotate("diverged", (1, position), (-8, 0), xycoords=edge, ha="right",
+                            color=color, **words)
+                continue
+            ax.plot([row.low, row.high], [position] * 2, linewidth=2, color=color)
+            face = "white" if row.lr_at_end else color  # a rate beyond might have been better
+            ax.plot(row.harm, position, markers[row.verdict], markerfacecolor=face, color=color)
+            ax.annotate(row.verdict, (max(row.high, 1), position), (8, 0), color=color, **words)
+        for bound in (TOLERABLE, CATASTROPHIC):
+            ax.axvline(bound, color="0.6", linewidth=1, linestyle="--", zorder=0)
+        ax.axvline(0, color="0.8", linewidth=1, zorder=0)
+        ax.set_yticks(range(len(part)), part["rule"])
+        ax.set_ylim(-0.6, len(part) - 0.4)
+        ax.set_title(group_title(dict(zip(GROUP, values, strict=True))), fontsize="small")
+        ax.margins(x=0.2)  # for the words
+    axes[-1].set_xlabel("harm (0: full, 1: Q and K never trained)")
+    return axes
+
+
+def group_title(group: dict[str, object]) -> str:
+    """What is said of a group over its panel: task and method, then what is not as usual."""
+    unusual = [f"{name} {group[name]}" for name in GROUP
+               if name != "method" and group[name] != USUAL.get(name, group[name])]
+    return ", ".join([group["task"], group["method"], *unusual, f"{group['steps']:,} iterations"])

@@ -9,8 +9,9 @@ import torch
 from scipy.stats import ttest_1samp
 
 import exercises
+from data.experiment import harm
 from exercises import EXERCISES, Comparison, check
-from helpers import capture_attention, harm, head_energy, split_softmax_gradient
+from helpers import capture_attention, head_energy, split_softmax_gradient
 
 FILES = sorted((Path(__file__).parents[1] / "solutions").glob("s*.py"))
 SOLUTIONS = {}  # by the exercise's number

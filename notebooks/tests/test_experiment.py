@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from scipy.stats import norm, ttest_1samp
 
 from data.experiment import (COLUMNS, CURVES, EXPERIMENT, GROUP, KEY, SOLVED, SYMPTOMS, TASKS,
-                             USUAL, RecallTask, arms, best_settings, harm_table, headline_table,
-                             judged, load_runs, mending, of_arms, plot_harm, plot_windows,
-                             runs_without_norms, share_difference, symptoms, usual_runs,
-                             window_widths, windows)
-from helpers import SHAKESPEARE_SHA256, harm, share_interval, twin
+                             USUAL, RecallTask, arms, best_settings, harm, harm_table,
+                             headline_table, judged, load_runs, mending, of_arms,
+                             runs_without_norms, share_difference, share_interval, symptoms,
+                             usual_runs, window_widths, windows)
+from figures import plot_harm, plot_windows
+from helpers import SHAKESPEARE_SHA256, twin
 from model_local import SOFTMAX_BACKWARD, LocalGPT, LocalGPTConfig
 
 # ---- the task ------------------------------------------------------------------------------------

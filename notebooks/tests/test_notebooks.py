@@ -20,11 +20,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib_inline.config import InlineBackend
 
-import helpers
-from figures import (plot_head_intervals, plot_head_map, plot_split, printable,
+from claims import NUMBER, claim
+from figures import (plot_head_intervals, plot_head_map, plot_split, printable, set_style,
                      signed_scale)
-from helpers import NUMBER, ROOT, claim
+from helpers import ROOT
 
 FOLDER = ROOT / "notebooks"
 NAMES = sorted(path.stem for path in FOLDER.glob("[0-9i]*.ipynb"))  # not what a reader left there
@@ -274,7 +275,7 @@ def test_a_claim_reads_powers_allows_for_other_machines_and_refuses_all_else() -
             claim("a loss of 2.4", *values, within=0.03, corpus=shakespeare)
 
 
-# ---- figures of helpers ----
+# ---- figures ----
 
 
 @pytest.fixture
@@ -287,9 +288,9 @@ def figures():
 
 
 def test_in_the_style_a_figure_is_the_same_bytes_and_valid_whatever_the_text(figures) -> None:
-    helpers.set_style()
+    set_style()
     assert pd.get_option("display.max_rows") is None
-    inline = helpers.InlineBackend.instance()
+    inline = InlineBackend.instance()
     assert inline.figure_formats == {"svg"}
     text = "a \n\t\0\x1b\x7f\x85<b>&\u200b_\\é"
     assert all(label.isprintable() and label.strip() for label in printable(text))

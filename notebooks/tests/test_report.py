@@ -21,8 +21,8 @@ from bs4 import BeautifulSoup
 from playwright.sync_api import Browser, Locator, Page
 
 import helpers
-from figures import RULE_NAMES
-from helpers import COLORS, load_corpus, split_softmax_gradient
+from figures import COLORS, RULE_NAMES
+from helpers import load_corpus, split_softmax_gradient
 from model_local import SOFTMAX_BACKWARD, LocalGPT, LocalGPTConfig
 from pages import efforts, solutions
 
