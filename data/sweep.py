@@ -167,7 +167,7 @@ PLANS: dict[str, list[Cell]] = {
                    for cell in grid(task, ("diagonal",), [1e-3], (300, 301), score_cap=cap)],
     "recall-off": window("off", RATES),
     "recall-start": window("start"),
-    "recall-cap": window("cap"),
+    "recall-cap": window("cap", RATES),  # open at 1e-4
     "recall-exact": window("exact", RATES),
     "recall-cut": window("cut", RATES),
     "recall-cap-start": window("cap and start"),
