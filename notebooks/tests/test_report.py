@@ -156,7 +156,7 @@ def test_images_load_and_are_described(visit: Visit) -> None:
     assert not found
 
 
-@pytest.mark.parametrize("width", [390, 820, 1010, 1199, 1210, 1400])
+@pytest.mark.parametrize("width", [390, 820, 1024, 1199, 1280, 1440])
 def test_no_page_scrolls_sideways(visit: Visit, width: int) -> None:
     visit.page.set_viewport_size({"width": width, "height": 844})
     # furo lets nothing widen a narrow page: all of its text scrolls sideways instead, in .content
@@ -257,17 +257,45 @@ def test_one_switch_shows_all_code_and_is_remembered(browser: Browser) -> None:
     def states(address: str | None = None) -> tuple[str, set[bool]]:
         if address:
             page.goto(f"{REPORT.as_uri()}/{address}")
-        folds = page.locator(".cell:not(.tag_hide-cell) > details.hide:has(> .cell_input)")
-        opened = set(folds.evaluate_all("all => all.map(fold => fold.open)"))
-        return page.locator(".show-code").get_attribute("aria-pressed"), opened
+        code = page.locator(".cell:not(.tag_hide-cell) > details.hide > .cell_input")
+        seen = set(code.evaluate_all("all => all.map(input => input.checkVisibility())"))
+        return page.locator(".show-code").text_content(), seen
 
-    assert states("01_softmax_jacobian.html") == ("false", {False})
+    assert states("01_softmax_jacobian.html") == ("Show the code", {False})
+    assert not page.get_by_text("Code", exact=True).first.is_visible()  # and no fold in its place
     page.locator(".show-code").press("Enter")
-    assert states() == ("true", {True})
-    assert states("02_training.html") == ("true", {True})
+    assert states() == ("Hide the code", {True})
+    assert states("02_training.html") == ("Hide the code", {True})
     page.locator(".show-code").click()
-    assert states() == states("01_softmax_jacobian.html") == ("false", {False})
+    assert states() == states("01_softmax_jacobian.html") == ("Show the code", {False})
     page.context.close()
+
+
+def test_on_paper_no_figure_is_higher_than_half_a_page(essay: Visit) -> None:
+    page = essay.page
+    page.emulate_media(media="print")
+    page.set_viewport_size({"width": 680, "height": 1000})  # A4 without its margins
+    pictures = page.locator("figure.align-default img, .essay .panels")
+    heights = pictures.evaluate_all("all => all.map(e => e.getBoundingClientRect().height)")
+    floats = page.locator(".skip-to-content").is_visible()  # over the text of every page
+    page.emulate_media(media="screen")
+    page.set_viewport_size(DESKTOP)
+    assert 0 < max(heights) < 400 and not floats
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_figures_and_maps_have_light_paper(browser: Browser, theme: str) -> None:
+    for address in ("04_energy_split.html", "explorer.html"):
+        page, _ = visit_page(browser, address)
+        page.evaluate("theme => document.body.dataset.theme = theme", theme)
+        papers = page.eval_on_selector_all(
+            "figure.align-default img, canvas",
+            """all => all.map(getComputedStyle).map(
+                style => `${style.backgroundColor} ${style.filter}`)""",
+        )
+        dimmed = "none" if theme == "light" else "brightness(0.85)"  # and no colour is turned
+        assert set(papers) == {f"rgb(255, 255, 255) {dimmed}"}
+        page.context.close()
 
 
 @pytest.mark.parametrize("name", ["diag", "offdiag"])
@@ -318,7 +346,11 @@ def passage(page: Page) -> str:
 
 def move(slider: Locator, value: float) -> None:
     slider.evaluate(
-        "(input, value) => { input.value = value; input.dispatchEvent(new Event('input')) }", value
+        """(input, value) => {
+            input.value = value
+            input.dispatchEvent(new Event("input", {bubbles: true}))
+        }""",
+        value,
     )
 
 
@@ -335,14 +367,17 @@ def table(page: Page, rows: str) -> dict[str, torch.Tensor]:
     return dict(zip(names[1:], torch.tensor(values, dtype=torch.float64).T, strict=True))
 
 
-def assert_row(page: Page, a: torch.Tensor, g: torch.Tensor) -> None:
+def assert_row(page: Page, a: torch.Tensor, g: torch.Tensor, rule: str = "full") -> None:
     """The table shows these weights and errors, and what follows from them, to three digits."""
     found, g = table(page, "#explorer-table tr"), 1e6 * g
     full, diag, offdiag = split_softmax_gradient(a, g)
     expected = {"a": a, "g": g, "ag": a * g, "d": diag, "o": offdiag, "f": full}
+    expected["sent"] = SOFTMAX_BACKWARD[rule](a, g, torch.ones(len(a), dtype=torch.bool))
     assert list(found) == list(expected)
     for name, values in expected.items():
-        size = max(values.abs().max(), full.abs().max()) if name in "dof" else values.abs().max()
+        size = values.abs().max()
+        if name in {"d", "o", "f", "sent"}:
+            size = max(size, full.abs().max())
         torch.testing.assert_close(found[name], values, rtol=6e-3, atol=2e-3 * size.item())
 
 
@@ -392,7 +427,6 @@ def test_every_change_of_a_stored_head_is_that_of_07(explorer: Visit) -> None:
     query, key, temperature, times, weight = 21, 5, 10**0.3, -1.5, 0.3
     for name, value in {"query": query, "key": key, "temperature": 0.3, "constant": times}.items():
         move(page.locator(f"#explorer-{name}"), value)
-    page.locator("#explorer-by-hand").check()
     move(page.locator("#explorer-weight"), weight)
     page.wait_for_timeout(300)
 
@@ -402,12 +436,16 @@ def test_every_change_of_a_stored_head_is_that_of_07(explorer: Visit) -> None:
     row[key] = 0
     row *= (1 - weight) / row.sum()
     row[key] = weight
-    assert_row(page, row, g[query, : query + 1] + times * spread)
+    errors = g[query, : query + 1] + times * spread
+    assert_row(page, row, errors)
+    page.locator("#explorer-rule").select_option("mean")  # of a stored head, too
+    page.wait_for_timeout(300)
+    assert_row(page, row, errors, "mean")
     full, diag, _ = split_softmax_gradient(a, g)
 
     page.locator("#explorer-reset").click()
     page.wait_for_timeout(300)
-    assert_row(page, a[query, : query + 1], g[query, : query + 1])
+    assert_row(page, a[query, : query + 1], g[query, : query + 1], "mean")
     cosine = torch.cosine_similarity(full.flatten(), diag.flatten(), dim=0, eps=0).item()
     shown = page.locator("#explorer-head label").nth(9).text_content()
     assert numbers(shown)[-1] == pytest.approx(cosine, abs=6e-3)
@@ -420,18 +458,34 @@ def test_one_s_own_text_is_read_or_refused(explorer: Visit) -> None:
     absent = next(character for character in "é{ж" if character not in CORPUS.stoi)
     page.locator("#explorer-text").fill(3 * absent)
     said.get_by_text(f"The models know no “{absent}”.").wait_for()
+    assert page.locator("#explorer-maps.stale").count() == 1  # the maps are of another text
     page.locator("#explorer-text").fill(text[:2])
     said.get_by_text("It takes 3 to 65 characters.").wait_for()
 
     page.locator("#explorer-method label", has_text="feedback").click()
     page.locator("#explorer-text").fill(text)
     said.get_by_text("L = ").wait_for(timeout=60_000)
+    assert page.locator("#explorer-maps.stale").count() == 0
+    ids, model = CORPUS.encode(passage(page)[:-1]), trained("fa").model
+    with torch.no_grad():
+        loss = model(ids[None, :-1], ids[None, 1:])[1].item()
+    *_, known_text, characters, blind = numbers(said.text_content())
+    assert known_text == pytest.approx(loss, abs=6e-3) and characters == CORPUS.vocab_size
+    assert blind == pytest.approx(np.log(CORPUS.vocab_size), abs=6e-3)
     page.locator("#explorer-rule").select_option("diagonal")
     page.locator("#explorer-head label").nth(6).click()
     move(page.locator("#explorer-query"), 20)
     page.wait_for_timeout(500)
     model = helpers.twin(trained("fa").model, softmax_backward="diagonal")
-    assert_row(page, *(maps[6, 20, :21] for maps in attention_and_error(model, text)))
+    assert_row(page, *(maps[6, 20, :21] for maps in attention_and_error(model, text)), "diagonal")
+
+    page.locator("#explorer-text").fill("‘Tis “so” – they’re " + "so " * 20)  # 80 characters
+    said.get_by_text("Read: the first 65 characters.").wait_for(timeout=60_000)
+    page.locator("#explorer-text").fill(text[:4])
+    page.locator("#explorer-readout", has_text="Query 2").wait_for()
+    page.locator("#explorer-text").fill("")
+    page.locator("#explorer-readout", has_text="Query 17").wait_for()
+    assert not said.text_content()
     page.locator("#explorer-presets button").first.click()
     assert not explorer.trouble
 
@@ -445,6 +499,8 @@ def test_a_tap_on_a_map_picks_and_all_maps_answer(browser: Browser) -> None:
     page.wait_for_timeout(300)
     assert "Query 17" not in page.locator("#explorer-readout").text_content()
     assert page.locator("#explorer-map-d canvas").screenshot() != before
+    words = page.locator("#explorer-readout").bounding_box()  # they are where one looks
+    assert words["y"] > 0 and words["y"] + words["height"] <= PHONE["height"]
     assert not trouble
 
 

@@ -7,7 +7,6 @@
   // Of a panel, in its own units: the drawing is WIDTH or NARROW wide, with room for an axis.
   const WIDTH = 320, NARROW = 240, HEIGHT = 170, LEFT = 42, FOOT = 18, HEAD = 22;
   const clamp = (x, [low, high]) => Math.min(high, Math.max(low, x));
-  const minus = (words) => String(words).replace("-", "−");
   const number = (x) => minus((Math.abs(x) < 0.005 ? 0 : x).toFixed(2));
 
   /* A drawing with an axis at the left. `rescale` sets what it reaches from and to, `at` is the
@@ -51,13 +50,9 @@
 
   // ---- five keys: scores and errors that can be dragged ----
 
-  function softmax(s) {
-    const highest = Math.max(...s), raised = s.map((x) => Math.exp(x - highest));
-    return raised.map((e) => e / sum(raised));
-  }
   function row(s, g) {
     const a = softmax(s), f = SOFTMAX_RULES.full.send(a, g), d = SOFTMAX_RULES.diagonal.send(a, g);
-    return {a, d, o: f.map((x, i) => x - d[i]), f, b: sum(a.map((w, i) => w * g[i]))};
+    return {a, d, o: f.map((x, i) => x - d[i]), f, b: dot(a, g)};
   }
   /* Scores after every iteration of gradient descent, the errors staying as they are. */
   function descend(s, g, rule) {

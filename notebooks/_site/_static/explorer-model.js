@@ -7,20 +7,11 @@ const LocalGPT = (() => {
   const add = (x, ...more) => x.map((value, i) => more.reduce((total, y) => total + y[i], value));
   /* The i-th of the pieces of length n in an array: a view, which can be written to. */
   const piece = (x, i, n) => x.subarray(i * n, (i + 1) * n);
-  function dot(x, y) {
-    let total = 0;
-    for (let i = 0; i < x.length; i++) total += x[i] * y[i];
-    return total;
-  }
   function addTo(x, factor, y) {
     for (let i = 0; i < x.length; i++) x[i] += factor * y[i];
   }
 
   // ---- the weights ----
-
-  function unpack(base64, Type) {
-    return new Type(Uint8Array.from(atob(base64), (c) => c.charCodeAt(0)).buffer);
-  }
 
   /* The matrices in PyTorch's order; each row is whole numbers times the row's step. */
   function load(stored, {layers, heads, channels: C, positions, vocabulary}) {
@@ -98,12 +89,6 @@ const LocalGPT = (() => {
   }
   const gelu = (x) => x * below(x);
   const geluSlope = (x) => below(x) + (x * Math.exp((-x * x) / 2)) / Math.sqrt(2 * Math.PI);
-
-  function softmax(row) {
-    const highest = Math.max(...row), raised = row.map((s) => Math.exp(s - highest));
-    const total = sum(raised);
-    return raised.map((e) => e / total);
-  }
 
   /* Every head's weights a (rows of the lower triangle), and what the heads read from the values.
      Of a token's channels a head sees piece t * heads + head. */

@@ -1,32 +1,27 @@
-/* The explorer: from A and g of a head it computes f, d and o, and keeps controls, pictures and
-   address together. EXPLORER, the data, is written by 07_explore.ipynb; the model for a text of
-   one's own is in explorer-model.js. */
+/* The explorer: what follows from A and g of a head, its controls and its pictures. EXPLORER, the
+   data, is written by 07_explore.ipynb; the model for one's own text is in explorer-model.js. */
 "use strict";
 (() => {
   const {layers, heads, maps, opening, settled} = EXPLORER;
   const shapes = new Map(EXPLORER.vocabulary); // how each character is shown
+  const read = new Map(EXPLORER.vocabulary.map(([character, shape]) => [shape, character]));
+  const passage = EXPLORER.characters.map((shape) => read.get(shape)).join("");
   const METHODS = {bp: "backpropagation", fa: "feedback alignment"};
   const STEPS = Object.keys(maps.bp).map(Number), LAST = STEPS.at(-1);
   const HEADS = Array.from({length: layers * heads}, (_, head) => head);
-  const NAMES = ["a", "g", "ag", "d", "o", "f"]; // of the maps
-  const UNCHANGED = {temperature: 1, constant: 0, weight: ""}; // "": the key keeps its own
+  const NAMES = ["a", "g", "ag", "d", "o", "f", "sent"]; // of the maps
+  // The temperature is a power of ten; a weight of "" is the key's own.
+  const UNCHANGED = {temperature: 0, constant: 0, weight: ""};
   const START = {...opening, query: 17, key: 4, ...UNCHANGED, text: "", rule: "full"};
-  const PRESETS = [START, {...START, constant: 3}, {...START, ...settled}]; // told in the page
+  const PRESETS = [START, {...START, constant: 3, rule: "zero"}, {...START, ...settled}];
   const state = {...START};
 
   const $ = (name) => document.querySelector(`#explorer-${name}`);
-  const minus = (words) => words.replaceAll("-", "−");
-  function number(x) {
-    return minus((Math.abs(x) < 1e-9 ? 0 : x).toLocaleString("en", {maximumSignificantDigits: 3}));
-  }
+  const number = (x) =>
+    minus((Math.abs(x) < 1e-9 ? 0 : x).toLocaleString("en", {maximumSignificantDigits: 3}));
   const headName = (head) => `L${Math.floor(head / heads)}H${head % heads}`;
-  const dot = (x, y) => x.reduce((total, v, i) => total + v * y[i], 0);
 
   // ---- the numbers ----
-
-  function unpack(base64, Type) {
-    return new Type(Uint8Array.from(atob(base64), (c) => c.charCodeAt(0)).buffer);
-  }
 
   /* A head's lower triangles, row by row: weights that sum to one, and errors in millionths. */
   function stored({method, step}, head) {
@@ -42,12 +37,8 @@
   }
 
   // The text whose maps are there: until a model has loaded, the one before.
-  let shown = {text: "", key: "", said: ""};
-
-  function characters() {
-    const own = [...shown.text].slice(0, -1); // the last one is only predicted
-    return shown.text ? own.map((c) => shapes.get(c)) : EXPLORER.characters;
-  }
+  const PASSAGE = {text: "", key: "", said: "", characters: EXPLORER.characters};
+  let shown = PASSAGE;
 
   /* All that follows from a and g of a head, with temperature, constant and a weight by hand: an
      entry for every key of every query. */
@@ -57,54 +48,48 @@
     const added = constant * Math.sqrt(sum(all.map((v) => (v - mean) ** 2)) / all.length);
     return a.map((weights, query) => {
       const highest = Math.max(...weights);
-      let row = weights.map((w) => (w / highest) ** (1 / temperature));
+      let row = weights.map((w) => (w / highest) ** (1 / 10 ** temperature));
       const total = sum(row);
       row = row.map((w) => w / total);
       if (weight !== "" && query === state.query && query > 0) {
         const others = 1 - row[state.key]; // they keep their proportions
-        row = row.map((w, key) => (key === state.key ? +weight : (w * (1 - weight)) / others));
+        row = row.map((w, key) => (key === state.key ? weight : (w * (1 - weight)) / others));
       }
       const errors = g[query].map((v) => v + added), b = dot(row, errors);
+      const sent = SOFTMAX_RULES[state.rule].send(row, errors);
       return row.map((a, i) => {
-        const g = errors[i];
-        return {a, g, ag: a * g, d: a * (1 - a) * g, o: -a * (b - a * g), f: a * (g - b)};
+        const g = errors[i], d = a * (1 - a) * g, o = -a * (b - a * g);
+        return {a, g, ag: a * g, d, o, f: a * (g - b), sent: sent[i]};
       });
     });
   }
 
   // ---- the controls ----
 
-  function radios(fieldset, name, options, content) {
+  function radios(name, options, content) {
     for (const value of options) {
       const input = element("input", {type: "radio", name, value});
-      input.addEventListener("change", () => update({[name]: value}));
-      fieldset.append(element("label", {}, input, element("span", {}, ...content(value))));
+      $(name).append(element("label", {}, input, element("span", {}, ...content(value))));
     }
   }
-  radios($("method"), "method", Object.keys(METHODS), (method) => [METHODS[method]]);
-  radios($("step"), "step", STEPS, (step) => [step]);
-  radios($("head"), "head", HEADS, (head) => [headName(head), " ", element("small", {})]);
+  radios("method", Object.keys(METHODS), (method) => [METHODS[method]]);
+  radios("step", STEPS, (step) => [step]);
+  radios("head", HEADS, (head) => [headName(head), " ", element("small", {})]);
   $("head").style.setProperty("--heads", heads);
   $("rule").append(...Object.entries(SOFTMAX_RULES).map(([rule, {name}]) =>
     element("option", {value: rule}, `${name} (${rule})`)));
 
-  function on(name, event, change) {
-    $(name).addEventListener(event, ({target}) => update(change(target)));
-  }
-  on("rule", "change", ({value}) => ({rule: value}));
-  for (const name of ["query", "key", "constant"]) {
-    on(name, "input", ({valueAsNumber}) => ({[name]: valueAsNumber}));
-  }
-  on("temperature", "input", ({value}) => ({temperature: +(10 ** value).toFixed(3)}));
-  on("weight", "input", ({value}) => ({weight: value}));
-  on("by-hand", "change", ({checked}) => ({weight: checked ? $("weight").value : ""}));
-  on("reset", "click", () => UNCHANGED);
+  // Controls have the names of what they set.
+  document.forms.explorer.addEventListener("input", ({target: {name, value}}) => {
+    if (name in state) update({[name]: isNaN(value) ? value : +value});
+  });
+  $("reset").addEventListener("click", () => update(UNCHANGED));
   let typed;
   $("text").addEventListener("input", ({target}) => {
     clearTimeout(typed);
-    typed = setTimeout(() => update({text: target.value}), 300);
+    const {query, key} = START; // those of a short text would stay behind
+    typed = setTimeout(() => update({text: target.value, query, key}), 300);
   });
-  document.forms.explorer.addEventListener("submit", (event) => event.preventDefault());
   [...$("presets").children].forEach((button, i) =>
     button.addEventListener("click", () => update(PRESETS[i])));
 
@@ -121,32 +106,44 @@
   }
   const say = (words) => ($("said").textContent = words);
 
+  // What word processors write, and what is written where the models do not know it.
+  const PLAIN = {"’": "'", "‘": "'", "“": '"', "”": '"', '"': "'", "–": "-", "—": "-"};
+  const plain = (c) => (shapes.has(c) || !(c in PLAIN) ? c : plain(PLAIN[c]));
+
   /* Makes state.text the one that is shown, as far as it can be. */
   async function readText() {
-    const {text, rule, method} = state;
-    const key = text && JSON.stringify([text, rule, method]);
-    if (key === shown.key) return say(shown.said); // back from a text that was refused
+    const {rule, method} = state, typed = [...state.text].map(plain);
+    const longest = EXPLORER.positions + 1, text = typed.slice(0, longest).join("");
+    const key = text && JSON.stringify([state.text, rule, method]);
     const absent = [...text].find((c) => !shapes.has(c));
-    if (absent) return say(`The models know no “${absent}”.`);
-    if (text && text.length < 3) return say("It takes 3 to 65 characters.");
-    if (!text) shown = {text, key, said: ""};
+    let refused = text && typed.length < 3 ? `It takes 3 to ${longest} characters.` : "";
+    if (absent) refused = `The models know no “${absent}”.`;
+    $("maps").classList.toggle("stale", refused !== "");
+    if (refused) return say(`${refused} The pale maps are still those of the text before.`);
+    if (key === shown.key) return say(shown.said); // back from a text that was refused
+    if (!text) shown = PASSAGE;
     else {
       say("Loading the model …");
       await load("model");
       await load(method);
       models[method] ??= LocalGPT.load(EXPLORER_WEIGHTS[method], EXPLORER);
-      const {a, g, loss} = LocalGPT.run(models[method], text, rule);
+      const model = models[method], {a, g, loss} = LocalGPT.run(model, text, rule);
+      model.passage ??= LocalGPT.run(model, passage, rule).loss; // by which to judge the other
       const numbers = HEADS.map((head) => ({
         a: a[head].map((row) => [...row]),
         g: g[head].map((row) => Array.from(row, (v) => 1e6 * v)),
       }));
-      const said = `L = ${number(loss)} nats a character at iteration ${LAST}.`;
-      shown = {text, key, said, heads: numbers};
+      const rest = typed.length > longest ? `Read: the first ${longest} characters. ` : "";
+      const said = `${rest}L = ${number(loss)} nats a character at iteration ${LAST}, the only one
+        whose weights are here (the passage: ${number(model.passage)}; a blind guess among
+        ${shapes.size} characters: ${number(Math.log(shapes.size))}).`;
+      const inputs = [...text].slice(0, -1); // the last one is only predicted
+      shown = {text, key, said, heads: numbers, characters: inputs.map((c) => shapes.get(c))};
     }
     say(shown.said);
   }
 
-  // ---- the pictures, in the colours of a light page: the style sheet turns them for a dark one
+  // ---- the pictures: on a dark page, too, on light paper
 
   const MAGMA = [[255, 255, 255], [252, 137, 97], [183, 55, 121], [81, 18, 124], [0, 0, 4]];
   const DIVERGING = [[5, 48, 97], [67, 147, 195], [255, 255, 255], [214, 96, 77], [103, 0, 31]];
@@ -161,7 +158,7 @@
 
   /* Where things are in a map: labels at the left and below. */
   function places(width) {
-    const T = characters().length, left = 13, side = width - left - 2;
+    const T = shown.characters.length, left = 13, side = width - left - 2;
     return {T, left, side, cell: side / T};
   }
 
@@ -177,10 +174,10 @@
 
   /* What full colour stands for: the largest of the head as it came; d, o and f share one. */
   function limitsOf(made) {
-    const largest = (...names) => made.flat().reduce((high, entry) =>
-      Math.max(high, ...names.map((name) => Math.abs(entry[name]))), 0) || 1;
-    const parts = largest("d", "o", "f");
-    return {a: 1, g: largest("g"), ag: largest("ag"), d: parts, o: parts, f: parts};
+    const largest = (name) => Math.max(...made.flat().map((entry) => Math.abs(entry[name]))) || 1;
+    const parts = Math.max(...["d", "o", "f"].map(largest));
+    const sent = Math.max(parts, largest("sent"));
+    return {a: 1, g: largest("g"), ag: largest("ag"), d: parts, o: parts, f: parts, sent};
   }
 
   function drawMap(name, made, limit) {
@@ -197,11 +194,13 @@
       context.fillStyle = blend(colors, name === "a" ? v : (v + 1) / 2);
       context.fillRect(left + key * cell, query * cell, cell + 0.5, cell + 0.5);
     }));
+    // Characters, all of them where there is room for letters that can be read.
+    const room = cell >= 7;
     context.fillStyle = "black";
-    context.font = `${Math.max(7, Math.min(12, cell * 1.35))}px monospace`;
-    characters().forEach((c, i) => {
-      context.fillText(c, left / 2, (i + 0.5) * cell);
-      context.fillText(c, left + (i + 0.5) * cell, side + 8);
+    context.font = `${room ? Math.max(9, Math.min(12, cell)) : 12}px monospace`;
+    shown.characters.forEach((c, i) => {
+      if (room || i === state.query) context.fillText(c, left / 2, (i + 0.5) * cell);
+      if (room || i === state.key) context.fillText(c, left + (i + 0.5) * cell, side + 8);
     });
     // A frame around the row of the query, and one around the key.
     for (const [x, n] of [[0, state.query + 1], [state.key, 1]]) {
@@ -223,7 +222,7 @@
     await readText();
     if (turn !== latest) return; // another change is under way
     if (shown.text) state.step = LAST; // the moment whose weights are there
-    state.query = Math.min(state.query, characters().length - 1);
+    state.query = Math.min(state.query, shown.characters.length - 1);
     state.key = Math.min(state.key, state.query);
     draw();
   }
@@ -232,43 +231,44 @@
     const made = view(state.head, state), limits = limitsOf(view(state.head, UNCHANGED));
     for (const name of NAMES) drawMap(name, made, limits[name]);
     for (const head of HEADS) {
-      const entries = view(head, state).flat();
-      const d = entries.map((entry) => entry.d), f = entries.map((entry) => entry.f);
-      const cosine = dot(d, f) / Math.sqrt(dot(d, d) * dot(f, f));
-      $(`head [value="${head}"] + span small`).textContent = minus(cosine.toFixed(2));
+      $(`head [value="${head}"] + span small`).textContent = cosine(view(head, state), "d");
     }
-    drawControls();
+    drawControls(made[state.query][state.key]);
     drawWords(made);
   }
 
-  const label = (i) => `${i} ${characters()[i]}`;
+  /* Of a map with f, over all of a head. */
+  function cosine(made, name) {
+    const [x, f] = [name, "f"].map((name) => made.flat().map((entry) => entry[name]));
+    const value = dot(x, f) / Math.sqrt(dot(x, x) * dot(f, f));
+    return isNaN(value) ? "not defined" : minus(value.toFixed(2));
+  }
+  const label = (i) => `${i} ${shown.characters[i]}`;
 
-  function drawControls() {
+  function drawControls({a: weight}) {
     for (const name of ["method", "step", "head"]) {
       for (const input of document.getElementsByName(name)) {
         input.checked = input.value === String(state[name]);
         input.disabled = name === "step" && shown.text !== "" && input.value !== String(LAST);
       }
     }
-    $("query").max = characters().length - 1;
+    $("query").max = shown.characters.length - 1;
     $("key").max = state.query;
-    for (const name of ["query", "key", "constant", "rule"]) $(`${name}`).value = state[name];
-    $("temperature").value = Math.log10(state.temperature);
-    if (state.weight !== "") $("weight").value = state.weight;
-    $("by-hand").checked = state.weight !== "";
-    $("weight").disabled = state.weight === "";
-    $("rule").disabled = shown.text === "";
+    for (const name of ["query", "key", "temperature", "constant", "rule"]) {
+      $(name).value = state[name];
+    }
+    $("weight").value = weight; // by hand, or as it is
     if (document.activeElement !== $("text")) $("text").value = state.text;
     const words = {
       query: label(state.query),
       key: label(state.key),
-      temperature: number(state.temperature),
+      temperature: number(10 ** state.temperature),
       constant: number(state.constant),
-      weight: state.weight === "" ? "as it is" : `= ${number(+state.weight)}`,
+      weight: number(weight),
     };
     for (const [name, value] of Object.entries(words)) {
       $(`${name}-value`).textContent = value;
-      $(`${name}`).setAttribute("aria-valuetext", value);
+      $(name).setAttribute("aria-valuetext", value);
     }
   }
 
@@ -281,9 +281,13 @@
         Query ${label(query)}: lateral sum b = ${whole("ag")}; over its keys d sums to ${whole("d")}
         and o to ${whole("o")}.`,
       `Key ${label(key)}: A = ${at("a")}, g = ${at("g")}; d = ${at("d")} and o = ${at("o")} make
-        f = ${at("f")}.`,
+        f = ${at("f")}. The rule sends ${at("sent")}; over the head, its cosine with f is
+        ${cosine(made, "sent")}.`,
     ];
-    $("readout").replaceChildren(...about.map((sentence) => element("p", {}, sentence)));
+    const text = shown.characters.map((c, i) =>
+      element(i === query ? "mark" : i === key ? "u" : "span", {}, c));
+    $("readout").replaceChildren(element("p", {"aria-hidden": true, class: "text"}, ...text),
+      ...about.map((sentence) => element("p", {}, sentence)));
     const line = (head, kind, cells) => element("tr", {}, element("th", {}, head),
       ...cells.map((cell) => element(kind, {}, cell)));
     $("table").replaceChildren(line("key", "th", NAMES), ...row.map((entry, i) =>

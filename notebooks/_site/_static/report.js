@@ -1,16 +1,16 @@
-// Code that is not the lesson is folded; one switch, which every page remembers, shows all of it.
+// Code that is not the lesson is left out; one switch, which every page remembers, shows it.
 const folds = document.querySelectorAll(
   "article details.hide:has(> .cell_input):not(.tag_hide-cell > *)")
 if (folds.length) {
   const button = document.createElement("button")
   const show = (on) => {
     for (const fold of folds) fold.open = on
-    button.setAttribute("aria-pressed", on)
+    document.body.classList.toggle("with-code", on)
+    button.textContent = on ? "Hide the code" : "Show the code"
   }
   button.className = "show-code"
-  button.textContent = "Show all code"
   button.addEventListener("click", () => {
-    const on = button.getAttribute("aria-pressed") != "true"
+    const on = !document.body.classList.contains("with-code")
     show(on)
     try { localStorage.setItem("show-code", on) } catch {}  // a reader may forbid pages to store
   })
