@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import ipywidgets as widgets
 import numpy as np
@@ -37,9 +36,8 @@ TRAINED = {
     "own error only, with a norm": {"method": "bp", "softmax_backward": "diagonal",
                                     "qk_norm": "exact"},
 }
-MEASURES = {"cosine of d with f": "cos_diag", "cosine of what is sent with f": "cos_sent",
-            "energy of d / energy of f": "r_diag", "energy of o / energy of f": "r_offdiag"}
-UNIT = 1e-6  # gradients are shown in millionths of a nat
+MEASURES = {"cosine of d with f": "cos_diag", "energy of d / energy of f": "r_diag",
+            "energy of o / energy of f": "r_offdiag"}
 
 
 @dataclass(frozen=True)
@@ -48,11 +46,11 @@ class State:
 
     text: str  # each character predicts the next one, so the last is only predicted
     trained: str = "feedback alignment"  # one of TRAINED
-    step: int = STEPS  # of training
+    step: int = 50  # of training
     rule: str = "full"  # what every softmax sends back, one of SOFTMAX_BACKWARD
-    layer: int = 0
+    layer: int = 1
     head: int = 0
-    query: int = 0
+    query: int = 20
     temperature: float = 1.0
     constant: float = 0.0  # added to g on every key, in standard deviations of the head's g
     by_hand: tuple[int, float] | None = None  # a key of this query, and the weight that it gets
@@ -82,24 +80,12 @@ def trained_run(name: str, corpus: Corpus) -> Run:
     return train(config, STEPS, seed=SEED, data=corpus)
 
 
-class Captured(NamedTuple):
-    """A model on a text: scores and g = dL/dA by layer and head (L, H, T, T), and its table."""
-
-    scores: Tensor
-    g: Tensor
-    table: pd.DataFrame
-
-
-def captured(model: LocalGPT, ids: Tensor) -> Captured:
-    """All heads on one text; the table is ``energy_table`` and a column ``cos_sent``."""
+def captured(model: LocalGPT, ids: Tensor) -> tuple[Tensor, Tensor, pd.DataFrame]:
+    """A model on one text: scores and g = dL/da (L, H, T, T), and its ``energy_table``."""
     layers = capture_batch(model, ids[None, :-1], ids[None, 1:])
     scores = torch.stack([layer.scores[0] for layer in layers]).double()
     g = torch.stack([layer.grad[0] for layer in layers]).double().tril()
-    table = energy_table(layers, n_boot=1)  # of a single text: no interval
-    a, rule = scores.softmax(-1), model.config.softmax_backward
-    maps = [x.flatten(-2) for x in (sent_back(rule, a, g), split_softmax_gradient(a, g).full)]
-    table["cos_sent"] = torch.cosine_similarity(*maps, dim=-1, eps=0).flatten().numpy()
-    return Captured(scores, g, table)
+    return scores, g, energy_table(layers, n_boot=1)  # of a single text: no interval
 
 
 def sent_back(rule: str, a: Tensor, g: Tensor) -> Tensor:
@@ -109,49 +95,48 @@ def sent_back(rule: str, a: Tensor, g: Tensor) -> Tensor:
     return torch.zeros_like(a) if sent is None else sent
 
 
-def changed_head(seen: Captured, state: State) -> tuple[Tensor, Tensor]:
-    """Weights and error (T, T) of the state's head, after its changes."""
-    scores, g = seen.scores[state.layer, state.head], seen.g[state.layer, state.head]
+def head_maps(scores: Tensor, g: Tensor, state: State) -> dict[str, Tensor]:
+    """All that is shown of the state's head after its changes, from what was ``captured``.
+
+    By name, each (T, T); errors and gradients in millionths of a nat.
+    """
+    scores, g = scores[state.layer, state.head], 1e6 * g[state.layer, state.head]
     spread = g[scores.isfinite()].std(correction=0)
     by_hand = state.by_hand and (state.query, *state.by_hand)
-    return change(scores, g, state.temperature, state.constant * spread, by_hand)
-
-
-def head_maps(a: Tensor, g: Tensor, rule: str) -> dict[str, Tensor]:
-    """All that is shown of a head, by name; each (T, T), errors and gradients in ``UNIT``."""
-    g = g / UNIT
+    a, g = change(scores, g, state.temperature, state.constant * spread, by_hand)
     f, d, o = split_softmax_gradient(a, g)
-    return {"a": a, "g": g, "a g": a * g, "d": d, "o": o, "f": f, "sent": sent_back(rule, a, g)}
+    visible = torch.ones(a.shape, dtype=torch.bool).tril()
+    sent = SOFTMAX_BACKWARD[state.rule](a, g, visible)
+    sent = torch.zeros_like(a) if sent is None else sent
+    return {"a": a, "g": g, "a g": a * g, "d": d, "o": o, "f": f, "sent": sent}
 
 
 def head_numbers(maps: dict[str, Tensor], query: int) -> dict[str, float]:
     """Of a query its sums over keys (that of ``a g`` is b); of the head cosines and energies."""
-    numbers = {"b": maps["a g"][query].sum().item()}
-    for name in ("d", "o", "f", "sent"):
-        numbers[f"sum of {name}"] = maps[name][query].sum().item()
+    sums = {"b": "a g", "sum of d": "d", "sum of o": "o", "sum of what is sent": "sent"}
+    numbers = {title: maps[name][query].sum().item() for title, name in sums.items()}
     # in single precision, as captured: head_energy then says where rounding would decide
     a, g = (maps[name].float()[None, None] for name in "ag")
     row = head_energy(a, g, n_boot=1).iloc[0]
+    numbers |= {title: float(row[column]) for title, column in MEASURES.items()}
     sent, f = maps["sent"].flatten(), maps["f"].flatten()
-    cos_sent = torch.cosine_similarity(sent, f, dim=0, eps=0).item() if row["defined"] else np.nan
-    values = {**row, "cos_sent": cos_sent}
-    return numbers | {title: float(values[column]) for title, column in MEASURES.items()}
+    cosine = torch.cosine_similarity(sent, f, dim=0, eps=0).item()
+    return numbers | {"cosine of what is sent with f": cosine if row["defined"] else torch.nan}
 
 
 def lines_of_code(state: State) -> str:
     """A program that makes the same table, maps and numbers, to go on with."""
-    return f"""from explore import (State, captured, changed_head, head_maps, head_numbers,
-                     trained_run)
+    return f"""from explore import State, captured, head_maps, head_numbers, trained_run
 from helpers import load_corpus, twin
 
 state = {state}
 corpus = load_corpus()
 run = trained_run(state.trained, corpus)  # a Run of helpers.train
 model = twin(run.at(state.step), softmax_backward=state.rule)
-seen = captured(model, corpus.encode(state.text))
-maps = head_maps(*changed_head(seen, state), state.rule)
+scores, g, table = captured(model, corpus.encode(state.text))
+maps = head_maps(scores, g, state)
 print(head_numbers(maps, state.query))
-seen.table"""
+table"""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -187,7 +172,7 @@ class Picture:
         for name, title in TITLES.items():
             ax, colors = self.axes[name], SEQUENTIAL if name == "a" else DIVERGING
             self.images[name] = ax.imshow(np.eye(2), cmap=colors, vmin=-(name != "a"), vmax=1)
-            self.marks[name] = ax.plot([], [], "s", mfc="none", mec=COLORS["sign_sym"], ms=7)[0]
+            self.marks[name] = ax.plot([], [], "s", mfc="none", mec=COLORS["sign_sym"], ms=6)[0]
             ax.set(xticks=[], yticks=[])
             ax.set_title(title, fontsize=10, loc="left", pad=4)
         for name, (panel, _, _, color) in BARS.items():
@@ -211,11 +196,9 @@ class Picture:
             image.set_data(np.ma.masked_where(hidden, roots))
             image.set_extent((-0.5, T - 0.5, T - 0.5, -0.5))
             self.marks[name].set_data([key], [query])
-        sizes = {name: f"{size:,.3g}" for name, size in sizes.items()}
         self.words.set_text(
-            f"Full colour: a {sizes['a']}, g ±{sizes['g']},\na g ±{sizes['a g']}, "
-            f"all others ±{sizes['f']}\n(millionths of a nat);\nshades follow the square root.\n"
-            f"Queries down, keys across.\n\nBelow, query {query} in numbers:")
+            f"Full colours\na: {sizes['a']:.2g}\ng: ±{sizes['g']:,.5g}\na g: ±{sizes['a g']:,.5g}\n"
+            f"d, o, f, sent: ±{sizes['f']:,.5g}\nShades follow the root.\nBelow: query {query}")
 
         # A bar is a thick line from zero; between two of them there is no number.
         x, gap = np.arange(query + 1), np.full(query + 1, np.nan)
@@ -249,7 +232,7 @@ class Explorer(widgets.VBox):
 
     def __init__(self, corpus: Corpus) -> None:
         self.corpus, self.runs, self.picture = corpus, {}, Picture()
-        self.layer, self.head = 0, 0
+        self.layer, self.head = State.layer, State.head
         self.seen, self.asked, self.busy = None, None, False
 
         def control(kind: type, name: str, **options) -> widgets.Widget:
@@ -259,7 +242,7 @@ class Explorer(widgets.VBox):
 
         # What was trained, when, on what text it is shown, and what its softmaxes send back.
         self.trained = control(widgets.Dropdown, "Trained by", options=[*TRAINED])
-        self.step = control(widgets.SelectionSlider, "Iteration", value=STEPS,
+        self.step = control(widgets.SelectionSlider, "Iteration", value=State.step,
                             options=range(0, STEPS + 1, 50))
         rules = {f"{name} ({rule})": rule for rule, name in RULE_NAMES.items()}
         self.rule = control(widgets.Dropdown, "Rule", options=rules)
@@ -275,7 +258,7 @@ class Explorer(widgets.VBox):
             cell.on_click(lambda _, place=place: self.pick(*divmod(place, size.n_head)))
             self.cells.append(cell)
         last = size.block_size - 1
-        self.query = control(widgets.IntSlider, "Query", value=20, max=last)
+        self.query = control(widgets.IntSlider, "Query", value=State.query, max=last)
         self.key = control(widgets.IntSlider, "Key", value=0, max=last)
         self.temperature = control(widgets.FloatLogSlider, "Temperature", min=-2, max=2, value=1)
         self.constant = control(widgets.FloatSlider, "Constant in g", min=-3, max=3)
@@ -312,10 +295,7 @@ class Explorer(widgets.VBox):
         self.show()
 
     def undo(self) -> None:
-        self.busy = True  # one picture, not three
         self.temperature.value, self.constant.value, self.by_hand.value = 1.0, 0.0, False
-        self.busy = False
-        self.show()
 
     def model(self, state: State) -> LocalGPT:
         """The trained model with the chosen rule; one that nobody has asked for yet is trained."""
@@ -350,20 +330,20 @@ class Explorer(widgets.VBox):
 
     def fill(self, state: State) -> None:
         """Picture, numbers, heads and lines of code of a state whose capture is there."""
+        scores, g, table = self.seen
         before = replace(state, temperature=1.0, constant=0.0, by_hand=None)
-        sizes = full_colours(head_maps(*changed_head(self.seen, before), state.rule))
-        maps = head_maps(*changed_head(self.seen, state), state.rule)
+        sizes, maps = full_colours(head_maps(scores, g, before)), head_maps(scores, g, state)
         self.image.value = self.picture.draw(state.text[:-1], maps, sizes, state.query,
                                              self.key.value)
         numbers = head_numbers(maps, state.query).items()
-        rows = "".join(f"<tr><td>{name}<td align=right>{value:.4g}" for name, value in numbers)
+        rows = "".join(f"<tr><td>{name}<td align=right>{round(value, 6) + 0:.4g}" for name, value in numbers)
         self.numbers.value = f"<table>{rows}</table>"
         self.lines.layout.display = "" if self.code.value else "none"
         self.lines.value = lines_of_code(state)
 
-        values = self.seen.table[self.measure.value].to_numpy()
+        values = table[self.measure.value].to_numpy()
         shares = np.nan_to_num(values / max(1.0, np.nanmax(values))).clip(0, 1)
-        names = self.seen.table[["layer", "head"]].itertuples(index=False, name=None)
+        names = table[["layer", "head"]].itertuples(index=False, name=None)
         for cell, value, share, name in zip(self.cells, values, shares, names, strict=True):
             cell.description = f"{value:.2f}"
             cell.tooltip = f"layer {name[0]}, head {name[1]}: {self.measure.label}"

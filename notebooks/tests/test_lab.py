@@ -10,12 +10,13 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import nbformat
 import pytest
 from playwright.sync_api import Browser, Page
 
-from explore import Picture, State, full_colours, head_maps, trained_run
+from explore import Picture, State, captured, full_colours, head_maps, trained_run
 from helpers import ROOT, capture_batch, head_energy, load_corpus, twin
 
 CORPUS, VIEW = load_corpus(), {"width": 1440, "height": 900}
@@ -78,20 +79,20 @@ def test_what_is_moved_shows_what_helpers_compute(lab) -> None:
     slider = page.locator(".widget-slider", has_text="Temperature").get_by_role("slider")
     react(page, "a slider", lambda: slider.press("ArrowRight"))
 
-    model = twin(trained_run("feedback alignment", CORPUS).at(500))
+    model = twin(trained_run("feedback alignment", CORPUS).at(50))
     ids = CORPUS.encode(text)
     layer = capture_batch(model, ids[None, :-1], ids[None, 1:])[2]
-    state = State(text, layer=2, head=1, query=20, temperature=10**0.1)
-    g = layer.grad[0, 1].double().tril()
-    a, before = ((layer.scores[0, 1].double() / scale).softmax(-1)
-                 for scale in (state.temperature, 1))
+    state = State(text, layer=2, head=1, temperature=10**0.1)
+    g, scores = layer.grad[0, 1].double().tril(), layer.scores[0, 1].double()
+    a = (scores / state.temperature).softmax(-1)
     row = head_energy(a.float()[None, None], g.float()[None, None], n_boot=1).iloc[0]
     image, numbers = shown(page)
     assert numbers["b"] == pytest.approx(1e6 * (a[20] @ g[20]).item(), rel=1e-3)
     assert numbers["cosine of d with f"] == pytest.approx(row["cos_diag"], rel=1e-3)
     assert numbers["energy of o / energy of f"] == pytest.approx(row["r_offdiag"], rel=1e-3)
-    sizes = full_colours(head_maps(before, g, "full"))
-    assert image == Picture().draw(text[:-1], head_maps(a, g, "full"), sizes, 20, 0)
+    seen = captured(model, ids)[:2]
+    sizes = full_colours(head_maps(*seen, replace(state, temperature=1.0)))
+    assert image == Picture().draw(text[:-1], head_maps(*seen, state), sizes, 20, 0)
     assert not page.locator("[data-mime-type$=stderr], [data-mime-type$=error]").count()
 
 
