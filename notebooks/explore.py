@@ -335,8 +335,9 @@ class Explorer(widgets.VBox):
         sizes, maps = full_colours(head_maps(scores, g, before)), head_maps(scores, g, state)
         self.image.value = self.picture.draw(state.text[:-1], maps, sizes, state.query,
                                              self.key.value)
-        numbers = head_numbers(maps, state.query).items()
-        rows = "".join(f"<tr><td>{name}<td align=right>{round(value, 6) + 0:.4g}" for name, value in numbers)
+        rows = ""
+        for name, value in head_numbers(maps, state.query).items():
+            rows += f"<tr><td>{name}<td align=right>{round(value, 6) + 0:.4g}"  # no -1e-14
         self.numbers.value = f"<table>{rows}</table>"
         self.lines.layout.display = "" if self.code.value else "none"
         self.lines.value = lines_of_code(state)

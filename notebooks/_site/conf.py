@@ -25,7 +25,7 @@ extensions = [
 ]
 bibtex_bibfiles = ["references.bib"]
 bibtex_default_style = "unsrt"
-exclude_patterns = ["**.ipynb_checkpoints", "start.md"]  # where to begin in JupyterLab
+exclude_patterns = ["**.ipynb_checkpoints"]
 templates_path = ["templates"]
 myst_enable_extensions = ["amsmath", "dollarmath"]
 nb_execution_mode = "off"  # make report has executed them
