@@ -50,14 +50,6 @@ def lab(browser: Browser, tmp_path_factory):
     server.communicate()
 
 
-def shown(page: Page) -> tuple[bytes, dict[str, float]]:
-    """The picture, and the numbers beside it."""
-    rows = page.locator(".widget-html tr").all_inner_texts()
-    numbers = dict(row.rsplit("\t", 1) for row in rows)
-    image = bytes(page.locator("img.widget-image").evaluate(PNG))
-    return image, {name: float(value) for name, value in numbers.items()}
-
-
 def react(page: Page, what: str, action) -> None:
     """Do something, and wait for the picture to change."""
     before, start = page.locator("img.widget-image").get_attribute("src"), time.perf_counter()
@@ -86,7 +78,9 @@ def test_what_is_moved_shows_what_helpers_compute(lab) -> None:
     g, scores = layer.grad[0, 1].double().tril(), layer.scores[0, 1].double()
     a = (scores / state.temperature).softmax(-1)
     row = head_energy(a.float()[None, None], g.float()[None, None], n_boot=1).iloc[0]
-    image, numbers = shown(page)
+    rows = page.locator(".widget-html tr").all_inner_texts()
+    numbers = {name: float(value) for name, value in (row.rsplit("\t", 1) for row in rows)}
+    image = bytes(page.locator("img.widget-image").evaluate(PNG))
     assert numbers["b"] == pytest.approx(1e6 * (a[20] @ g[20]).item(), rel=1e-3)
     assert numbers["cosine of d with f"] == pytest.approx(row["cos_diag"], rel=1e-3)
     assert numbers["energy of o / energy of f"] == pytest.approx(row["r_offdiag"], rel=1e-3)
