@@ -88,13 +88,6 @@ def captured(model: LocalGPT, ids: Tensor) -> tuple[Tensor, Tensor, pd.DataFrame
     return scores, g, energy_table(layers, n_boot=1)  # of a single text: no interval
 
 
-def sent_back(rule: str, a: Tensor, g: Tensor) -> Tensor:
-    """What a rule sends to the scores; zeros where that is nothing."""
-    visible = torch.ones(a.shape[-2:], dtype=torch.bool).tril()
-    sent = SOFTMAX_BACKWARD[rule](a, g, visible)
-    return torch.zeros_like(a) if sent is None else sent
-
-
 def head_maps(scores: Tensor, g: Tensor, state: State) -> dict[str, Tensor]:
     """All that is shown of the state's head after its changes, from what was ``captured``.
 
@@ -276,7 +269,7 @@ class Explorer(widgets.VBox):
                                                    f"repeat({size.n_head}, 1fr)"})
         left = [self.measure, grid, self.query, self.key, self.temperature, self.constant,
                 self.by_hand, self.weight, widgets.HBox([undo, self.code]), self.numbers]
-        left = widgets.VBox(left, layout={"flex": "0 0 290px"})
+        left = widgets.VBox(left, layout={"flex": "0 0 310px"})
         right = widgets.VBox([self.image], layout={"flex": "1 1 0", "min_width": "0"})
         top = widgets.HBox([self.trained, self.step, self.rule])
         super().__init__([top, self.text, self.said, self.progress, widgets.HBox([left, right]),
