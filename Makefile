@@ -45,6 +45,7 @@ test-report: report  ## test the report and JupyterLab in a browser: what is sho
 	$(PY) -m pytest -o addopts= -rs -s notebooks/tests/test_lab.py
 
 lab: .venv/.ready $(TEXT_READY)  ## open the notebooks in JupyterLab, at a page that says where to begin
+	@$(PY) -m nbformat.sign notebooks/*.ipynb > /dev/null  # else JupyterLab hides stored figures
 	$(PY) -m jupyterlab notebooks --LabApp.default_url="/lab/tree/start.ipynb"
 
 sweep: .venv/.ready $(TEXT_READY)  ## train the runs that data/runs.csv still misses (hours)

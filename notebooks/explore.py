@@ -268,9 +268,9 @@ class Explorer(widgets.VBox):
         grid = widgets.GridBox(self.cells, layout={"grid_gap": "2px", "grid_template_columns":
                                                    f"repeat({size.n_head}, 1fr)"})
         left = [self.measure, grid, self.query, self.key, self.temperature, self.constant,
-                self.by_hand, self.weight, widgets.HBox([undo, self.code]), self.numbers]
+                self.by_hand, self.weight, widgets.HBox([undo, self.code])]
         left = widgets.VBox(left, layout={"flex": "0 0 310px"})
-        right = widgets.VBox([self.image], layout={"flex": "1 1 0", "min_width": "0"})
+        right = widgets.VBox([self.image, self.numbers], layout={"flex": "1 1 0", "min_width": "0"})
         top = widgets.HBox([self.trained, self.step, self.rule])
         super().__init__([top, self.text, self.said, self.progress, widgets.HBox([left, right]),
                           self.lines])
@@ -330,8 +330,8 @@ class Explorer(widgets.VBox):
                                              self.key.value)
         rows = ""
         for name, value in head_numbers(maps, state.query).items():
-            rows += f"<tr><td>{name}<td align=right>{round(value, 6) + 0:.4g}"  # no -1e-14
-        self.numbers.value = f"<table>{rows}</table>"
+            rows += f"<div>{name}: <b>{round(value, 6) + 0:.4g}</b></div>"  # no -1e-14
+        self.numbers.value = f"<div style='columns: 2; line-height: 1.4'>{rows}</div>"
         self.lines.layout.display = "" if self.code.value else "none"
         self.lines.value = lines_of_code(state)
 

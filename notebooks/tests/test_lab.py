@@ -62,6 +62,7 @@ def react(page: Page, what: str, action) -> None:
 
 def test_what_is_moved_shows_what_helpers_compute(lab) -> None:
     page = lab("explore")
+    page.get_by_text("| Idle").wait_for()  # the kernel
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_text("Run All Cells", exact=True).click()
     page.locator("img.widget-image").wait_for(timeout=300_000)
@@ -78,8 +79,8 @@ def test_what_is_moved_shows_what_helpers_compute(lab) -> None:
     g, scores = layer.grad[0, 1].double().tril(), layer.scores[0, 1].double()
     a = (scores / state.temperature).softmax(-1)
     row = head_energy(a.float()[None, None], g.float()[None, None], n_boot=1).iloc[0]
-    rows = page.locator(".widget-html tr").all_inner_texts()
-    numbers = {name: float(value) for name, value in (row.rsplit("\t", 1) for row in rows)}
+    rows = page.locator(".widget-html div:has(> b)").all_inner_texts()
+    numbers = {name: float(value) for name, value in (row.split(": ") for row in rows)}
     image = bytes(page.locator("img.widget-image").evaluate(PNG))
     assert numbers["b"] == pytest.approx(1e6 * (a[20] @ g[20]).item(), rel=1e-3)
     assert numbers["cosine of d with f"] == pytest.approx(row["cos_diag"], rel=1e-3)
