@@ -18,7 +18,8 @@ SINGLE := report/.work/single
 SPHINX := $(PY) -m sphinx -q -W --keep-going -E -c notebooks/_site
 # The longest first, so that none of them is left to run alone.
 LONG := $(foreach number,02 08 06 05,$(wildcard notebooks/$(number)_*.ipynb))
-NOTEBOOKS := $(LONG) $(filter-out $(LONG),$(wildcard notebooks/[0-9]*.ipynb notebooks/index.ipynb))
+PLACES := $(addprefix notebooks/,[0-9]*.ipynb index.ipynb explore.ipynb your_own_rule.ipynb)
+NOTEBOOKS := $(LONG) $(filter-out $(LONG),$(wildcard $(PLACES)))
 EXECUTED := $(NOTEBOOKS:notebooks/%=$(SITE)/%)
 PAGES := $(wildcard notebooks/*.md)
 
@@ -39,11 +40,13 @@ test: .venv/.ready $(TEXT_READY)  ## set up, then run every notebook and every e
 test-all: .venv/.transformers $(TEXT_READY)  ## the same, with models of the transformers library
 	$(PY) -m pytest
 
-test-report: report  ## test the report in a browser: pages, links, formulas, accessibility
+test-report: report  ## test the report and JupyterLab in a browser: what is shown, and what moves
 	$(PY) -m pytest -o addopts= -rs notebooks/tests/test_report.py
+	$(PY) -m pytest -o addopts= -rs -s notebooks/tests/test_lab.py
 
-lab: .venv/.ready $(TEXT_READY)  ## open the notebooks in JupyterLab
-	$(PY) -m jupyterlab notebooks
+lab: .venv/.ready $(TEXT_READY)  ## open the notebooks in JupyterLab, at a page that says where to begin
+	@$(PY) -m nbformat.sign notebooks/*.ipynb > /dev/null  # else JupyterLab hides stored figures
+	$(PY) -m jupyterlab notebooks --LabApp.default_url="/lab/tree/start.ipynb"
 
 sweep: .venv/.ready $(TEXT_READY)  ## train the runs that data/runs.csv still misses (hours)
 	$(PY) data/sweep.py
@@ -90,14 +93,14 @@ $(TEXT_READY): .venv/.ready FORCE
 # ---- the report: notebooks are executed two at a time, with a thread each ----
 
 $(EXECUTED): export OMP_NUM_THREADS := 1
-$(SITE)/%.ipynb: notebooks/%.ipynb notebooks/exercises.py notebooks/_site/execute.py \
+$(SITE)/%.ipynb: notebooks/%.ipynb $(wildcard notebooks/*.py) notebooks/_site/execute.py \
     $(wildcard *.py data/*.py data/*.csv) .venv/.ready $(TEXT_READY)
 	@mkdir -p $(@D)
 	@$(PY) notebooks/_site/execute.py $< --output-dir $(@D) > $(@:.ipynb=.time)
 	@cat $(@:.ipynb=.time)
 
 # What 02 trains, these load.
-$(filter $(addprefix $(SITE)/,03% 04% 07% 09% index%),$(EXECUTED)): | $(SITE)/02_training.ipynb
+$(filter $(addprefix $(SITE)/,03% 04% 07% 09% index% explore%),$(EXECUTED)): | $(SITE)/02_training.ipynb
 
 # The pages' folder is filled anew: a notebook or a page may be gone.
 report/.work/filled: $(EXECUTED) $(PAGES) \

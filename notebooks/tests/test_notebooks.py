@@ -23,12 +23,15 @@ from hypothesis import strategies as st
 from matplotlib_inline.config import InlineBackend
 
 from claims import NUMBER, claim
+from execute import UNNUMBERED
 from figures import (plot_head_intervals, plot_head_map, plot_split, printable, set_style,
                      signed_scale)
 from helpers import ROOT
 
 FOLDER = ROOT / "notebooks"
-NAMES = sorted(path.stem for path in FOLDER.glob("[0-9i]*.ipynb"))  # not what a reader left there
+# not what a reader left there
+NAMES = sorted([*(path.stem for path in FOLDER.glob("[0-9]*.ipynb")), *UNNUMBERED])
+LETTERS = {"index": "0", "explore": "E", "your_own_rule": "R"}  # in the place of a number
 HEADING = "What this page says, checked"
 MACHINE_PATH = re.compile(r"(?<![\w.~/:])/(?:home|root|work|tmp|mnt|Users)/[\w.-]+")
 
@@ -141,8 +144,13 @@ def unclaimed(text: str, sentences: list[str]) -> list[str]:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_notebook_is_stored_as_it_was_executed_in_cells_that_can_be_read(name: str) -> None:
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
-    assert notebook.metadata.kernelspec.name == "python3"
-    counts = [cell.execution_count for cell in cells(name, "code") if cell.source.strip()]
+    assert notebook.metadata.kernelspec.name == "python3" and "widgets" not in notebook.metadata
+    run = []
+    for cell in filter(lambda cell: cell.source.strip(), cells(name, "code")):
+        by_hand = "skip-execution" in cell.metadata.get("tags", [])
+        assert not (by_hand and cell.outputs), f"{cell.id} in {name}: for people, store no output"
+        run += [] if by_hand else [cell]
+    counts = [cell.execution_count for cell in run]
     assert counts == [*range(1, len(counts) + 1)], f"{name}: execute it in one go"
     for cell in cells(name, "code"):
         for output in cell.outputs:
@@ -157,15 +165,27 @@ def test_a_notebook_is_stored_as_it_was_executed_in_cells_that_can_be_read(name:
         assert lines <= 30, f"{cell.id} in {name} has {lines} lines, without imports: split it"
 
 
+HIDES = {"input": "source_hidden", "output": "outputs_hidden"}  # of the site, of JupyterLab
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_the_site_folds_jupyterlab_folds(name: str) -> None:
+    for cell in cells(name, "code"):
+        tags = {tag.replace("remove-", "hide-") for tag in cell.metadata.get("tags", [])}
+        folded = {key for part, key in HIDES.items() if {f"hide-{part}", "hide-cell"} & tags}
+        stored = cell.metadata.get("jupyter", {})
+        assert stored == dict.fromkeys(folded, True), f"{cell.id} in {name}, jupyter: {folded}"
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_figure_has_a_number_a_caption_and_words_for_who_cannot_see_it(name: str) -> None:
     for i, cell in enumerate(filter(is_figure, cells(name, "code")), start=1):
-        number = 0 if name == "index" else int(name[:2])
+        number = LETTERS[name] if name in LETTERS else int(name[:2])
         options, where = cell.metadata.get("mystnb", {}), f"metadata of {cell.id} in {name}, mystnb"
         figure, alt = options.get("figure", {}), options.get("image", {}).get("alt", "")
         begins = figure.get("caption", "").startswith(f"**Figure {number}.{i}.** ")
         assert begins, f"{where}: figure.caption should begin with **Figure {number}.{i}.**"
-        assert figure.get("name") == f"figure-{number}-{i}", f"{where}: figure.name"
+        assert figure.get("name") == f"figure-{number}-{i}".lower(), f"{where}: figure.name"
         assert len(alt) > 40, f"{where}: image.alt should say in a sentence what is to be seen"
         ignored = "nbval-ignore-output" in cell.metadata.get("tags", [])
         assert ignored, f"tags of {cell.id} in {name}: nbval-ignore-output, for drawings differ"
