@@ -42,7 +42,7 @@ def compare(lr: float = 1e-3, iterations: int = 600, optimizer=adamw, **settings
     (curve,) = ax.plot([], [], "o-", color=COLORS["offdiag"], label="yours")
     ax.axhline(TASK.data.best_guess, color="0.8", linewidth=1, zorder=0)
     ax.set(xlabel="iteration", ylabel="accuracy", ylim=(-0.03, 1.03), xlim=(0, iterations))
-    ax.legend(loc="center right")
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     plt.close(figure)  # it is shown here, and not once more at the cell's end
     shown = display(figure, display_id=True)
     steps, accuracies = [*range(0, iterations, 50), iterations], []
