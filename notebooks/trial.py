@@ -50,7 +50,8 @@ def compare(lr: float = 1e-3, iterations: int = 600, optimizer=adamw, **settings
     def measure(model, x, y):
         accuracies.append(TASK.data.score(model)["accuracy"])
         curve.set_data(steps[: len(accuracies)], accuracies)
-        shown.update(figure)
+        if shown:  # outside of a notebook there is nothing to update
+            shown.update(figure)
         return symptoms(model, x, y)
 
     runs["yours"] = _train(lr, iterations, measure, optimizer, progress=False, **settings)
