@@ -1116,7 +1116,7 @@ def energy_table(layers: Iterable[CapturedAttention], n_boot=1000, seed=0) -> pd
         table = _energies(sums, n_boot, seed)
         table.insert(0, "layer", i)
         tables.append(table)
-        shapes.append(getattr(layer, "shape", None))
+        shapes.append(layer.shape)
     if not tables:
         raise ValueError("no layer was given: a table needs one or more")
     table = pd.concat(tables, ignore_index=True)

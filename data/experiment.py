@@ -1,7 +1,8 @@
 """The experiment: what is learnt and measured, the table of runs, how rules are judged by it.
 
-In this order: tasks, symptoms, the table ``data/runs.csv``, the verdict with its table and figure.
-Rows are made by ``data/sweep.py``; rules that only probe are in ``data/probes.py``.
+In this order: tasks, symptoms, the table ``data/runs.csv``, harm, windows of learning rates, the
+verdict. Rows are made by ``data/sweep.py``; rules that only probe are in ``data/probes.py``, and
+what is drawn of all this is in ``notebooks/figures.py``.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ SURROGATES = ("mean", "running", "diagonal_mean", "diagonal_running", "diagonal_
 
 def window(arm: str, lrs: Iterable[float] = RATES[1:], task: str = "recall",
            seeds: Sequence[int] = SEEDS, **changes) -> list[Cell]:
-    """The two local rules on recall at several rates, beside the exact pass on four seeds."""
+    """The two local rules at several rates, beside the exact pass on the first four seeds."""
     changes = arms(task)[arm] | changes
     exact = grid(task, ("full",), lrs, seeds[:4], **changes)
     return exact + grid(task, ("diagonal", "zero"), lrs, seeds, **changes)

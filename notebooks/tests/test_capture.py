@@ -486,7 +486,7 @@ def test_an_empty_batch_adds_nothing(attend, maps):
     empty = Calling(attend, [(0, H, T, D)] * 3)
     assert sums_of(empty, maps).shape[:2] == (0, H)
     with pytest.raises(ValueError, match="every batch was empty"):
-        energy_table([SimpleNamespace(sums=sums_of(empty, maps))])
+        energy_table([SimpleNamespace(sums=sums_of(empty, maps), shape=None)])
 
 
 LAYOUTS = {"window": (B, T, H, 3), "batch second": (H, B, T, T), "landmarks": (B * H, 3, 2, 4)}
