@@ -42,12 +42,16 @@ def packed(values: ArrayLike) -> str:
 
 
 def rounded_maps(a: Tensor, g: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Lower triangles of maps (N, T, T): a's fourth root in steps of 1/65535, g in 1/32767 of its
-    largest, and that (N, 1). The root keeps small weights good enough for a temperature."""
+    """Lower triangles of maps (N, T, T), and the largest size of each g (N, 1).
+
+    Of a it is the fourth root, in steps of 1/65535: small weights stay good enough to be made
+    larger by a temperature. Steps of g are 1/32767 of the largest.
+    """
     rows, columns = np.tril_indices(a.shape[-1])
     a, g = (values.numpy()[:, rows, columns] for values in (a, g))
     largest = np.abs(g).max(-1, keepdims=True)
-    return np.rint(65535 * a**0.25).astype("<u2"), np.rint(32767 * g / largest).astype("<i2"), largest
+    roots, errors = np.rint(65535 * a**0.25), np.rint(32767 * g / largest)
+    return roots.astype("<u2"), errors.astype("<i2"), largest
 
 
 def rounded_rows(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,9 +100,9 @@ def write_maps(corpus: Corpus, runs: dict[str, Run]) -> None:
 
 def write_weights(method: str, run: Run) -> None:
     """All weights of a model, and its feedback matrices, each after the weights that it answers."""
-    rows = [rounded_rows(values) for values in run.model.state_dict().values()]
-    whole, steps = (torch.cat([part.flatten() for part in parts]) for parts in zip(*rows, strict=True))
-    page = {"feedback": method == "fa", "values": packed(whole), "steps": packed(steps)}
+    parts = zip(*map(rounded_rows, run.model.state_dict().values()), strict=True)
+    whole, steps = (packed(torch.cat([values.flatten() for values in part])) for part in parts)
+    page = {"feedback": method == "fa", "values": whole, "steps": steps}
     script = f"(globalThis.EXPLORER_WEIGHTS ??= {{}}).{method} = {json.dumps(page)};\n"
     (DATA / f"explorer-{method}.js").write_text(script, encoding="ascii")
 
