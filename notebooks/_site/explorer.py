@@ -15,11 +15,11 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from explore import STEPS, TRAINED, captured, trained_run
+from explore import STEPS, captured, trained_run
 from figures import printable
 from helpers import DATA, Corpus, Run, load_corpus, split_softmax_gradient
 
-METHODS = {options["method"]: name for name, options in [*TRAINED.items()][:2]}  # fa, bp
+METHODS = {"fa": "feedback alignment", "bp": "backpropagation"}
 MOMENTS = 0, 50, 100, 200, 350, 500  # of training
 T = 40  # characters that are shown
 
@@ -63,37 +63,34 @@ def rounded_rows(values: Tensor) -> tuple[Tensor, Tensor]:
 
 def write_maps(corpus: Corpus, runs: dict[str, Run]) -> None:
     """Weights and errors of all heads on a passage; and where the explorer opens."""
-    text, maps, stored = passage(corpus, T + 1), {}, {method: {} for method in runs}
+    text, stored, most = passage(corpus, T + 1), {method: {} for method in runs}, (0.0,)
     for method, run in runs.items():
         for step in MOMENTS:
             scores, g, _ = captured(run.at(step), corpus.encode(text))
-            a, g = maps[method, step] = scores.flatten(0, 1).softmax(-1), g.flatten(0, 1)
-            a, g, largest = rounded_maps(a, g)
-            stored[method][step] = {"a": packed(a), "g": packed(g),
+            a, g = scores.flatten(0, 1).softmax(-1), g.flatten(0, 1)
+            roots, errors, largest = rounded_maps(a, g)
+            stored[method][step] = {"a": packed(roots), "g": packed(errors),
                                     "scale": largest.ravel().tolist()}
 
-    # It opens where the lateral part has most energy over that of f, after the start; and has
-    # another place to begin with, the head that at the end puts most weight on one key.
-    shares = {}
-    for (method, step), (a, g) in maps.items():
-        full, _, offdiag = split_softmax_gradient(a, g)
-        energies = offdiag.square().sum((-2, -1)) / full.square().sum((-2, -1))
-        shares |= {(method, step, head): share for head, share in enumerate(energies.tolist())
-                   if step > 0}
-    sharpest = maps["bp", STEPS][0].amax(-1).mean(-1).argmax().item()
-    places = {"opening": max(shares, key=shares.get), "settled": ("bp", STEPS, sharpest)}
+            # It opens where the lateral part has most energy over that of f, after the start; and
+            # has another place to begin, the head that at the end puts most weight on one key.
+            full, _, offdiag = split_softmax_gradient(a, g)
+            shares = offdiag.square().sum((-2, -1)) / full.square().sum((-2, -1))
+            if step > 0:
+                most = max(most, (shares.max().item(), method, step, shares.argmax().item()))
+            if (method, step) == ("bp", STEPS):
+                settled = method, step, a.amax(-1).mean(-1).argmax().item()
 
-    config = runs["bp"].model.config
+    config, names = runs["bp"].model.config, ("method", "step", "head")
     page = {
         "corpus": "Tiny Shakespeare" if corpus.is_shakespeare else corpus.name,
         "characters": printable(text[:T]),
         "vocabulary": list(zip(corpus.stoi, printable("".join(corpus.stoi)), strict=True)),
         "layers": config.n_layer, "heads": config.n_head,
         "channels": config.n_embd, "positions": config.block_size,
+        "opening": dict(zip(names, most[1:], strict=True)),
+        "settled": dict(zip(names, settled, strict=True)), "maps": stored,
     }
-    for name, place in places.items():
-        page[name] = dict(zip(("method", "step", "head"), place, strict=True))
-    page["maps"] = stored
     script = f"const EXPLORER = {json.dumps(page, separators=(',', ':'))};\n"
     (DATA / "explorer-data.js").write_text(script, encoding="ascii")
 

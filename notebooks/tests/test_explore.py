@@ -26,36 +26,24 @@ def test_controls_make_a_state_and_lines_of_code_the_same_numbers() -> None:
     assert repr(unknown) in explorer.said.value and explorer.image.value == shown
 
 
-S = torch.tensor([[2.0, 1.0, 0.0, -1.0]], dtype=torch.float64)  # scores of one query, not masked
-G = torch.tensor([[1.0, -1.0, 2.0, 0.5]], dtype=torch.float64)
+def test_three_changes_do_what_they_do_on_paper() -> None:
+    scores = torch.tensor([[2.0, 1.0, 0.0, -1.0]], dtype=torch.float64)  # one query, all visible
+    g = torch.tensor([[1.0, -1.0, 2.0, 0.5]], dtype=torch.float64)
+    a = scores.softmax(-1)
 
+    def parts(**changes):
+        return split_softmax_gradient(*change(scores, g, **changes))
 
-def test_a_constant_moves_d_and_o_against_each_other_and_f_not_at_all() -> None:
-    before, after = (split_softmax_gradient(*change(S, G, constant=c)) for c in (0.0, 1.7))
-    slope = 1.7 * S.softmax(-1) * (1 - S.softmax(-1))
-    for x, y, moved in zip(before, after, (0 * slope, slope, -slope), strict=True):
-        torch.testing.assert_close(y - x, moved)
+    slope = 1.7 * a * (1 - a)
+    moved = torch.stack(parts(constant=1.7)) - torch.stack(parts())
+    torch.testing.assert_close(moved, torch.stack([0 * a, slope, -slope]))
+    assert max(part.abs().max() for part in parts(temperature=0.01)) < 1e-12  # one key has it all
+    torch.testing.assert_close(parts(temperature=1e9).full, (g - g.mean()) / 4)  # evenly
 
-
-def test_temperature_ends_in_one_key_where_nothing_is_left_or_in_even_weights() -> None:
-    a, g = change(S, G, temperature=0.01)
-    torch.testing.assert_close(a, torch.eye(4, dtype=torch.float64)[:1])
-    assert all(part.abs().max() < 1e-12 for part in split_softmax_gradient(a, g))
-    full = split_softmax_gradient(*change(S, G, temperature=1e9)).full
-    torch.testing.assert_close(full, (G - G.mean()) / 4)
-
-
-def test_a_weight_by_hand_leaves_the_others_their_proportions() -> None:
     others = [0, 1, 3]
-    alone = S[:, others].softmax(-1)
-    for weight in (0.0, 0.6, 1 - 1e-9):
-        a, g = change(S, G, by_hand=(0, 2, weight))
-        torch.testing.assert_close(a[0, 2].item(), weight)
-        torch.testing.assert_close(a[:, others], (1 - weight) * alone)
-        parts = split_softmax_gradient(a, g)
-        if weight == 0:  # as in a row without the key
-            expected = split_softmax_gradient(alone, G[:, others])
-            for part, values in zip(parts, expected, strict=True):
-                torch.testing.assert_close(part[:, others], values)
-                assert part[0, 2] == 0
-    assert all(part.abs().max() < 1e-7 for part in parts)  # one key has it all
+    alone = scores[:, others].softmax(-1)
+    torch.testing.assert_close(change(scores, g, by_hand=(0, 2, 0.6))[0][:, others], 0.4 * alone)
+    without = torch.stack(parts(by_hand=(0, 2, 0.0)))
+    expected = torch.stack(split_softmax_gradient(alone, g[:, others]))
+    torch.testing.assert_close(without[..., others], expected)  # as in a row without the key
+    assert not without[..., 2].any()

@@ -1,5 +1,7 @@
 """One's own rule and optimizer on recall, as the notebook tries them, for a few iterations."""
 
+from functools import partial
+
 import matplotlib.pyplot as plt
 import pytest
 import torch
@@ -9,23 +11,15 @@ from model_local import SOFTMAX_BACKWARD
 
 
 def test_one_s_own_rule_and_optimizer_are_tried_beside_full_and_none(monkeypatch, tmp_path) -> None:
-    usual, sent = trial.train, []
-
-    def mine(a, g, visible):
-        sent.append(a.shape)
-        return 2 * a * g
-
     def still(model, lr, steps):
         return torch.optim.SGD(model.parameters(), lr=0.0)
 
-    def train(*args, directory=tmp_path, **options):  # not kept where others are
-        return usual(*args, directory=directory, **options)
-
-    monkeypatch.setattr(trial, "train", train)
-    monkeypatch.setitem(SOFTMAX_BACKWARD, "mine", mine)
+    # what is kept is kept apart
+    monkeypatch.setattr(trial, "train", partial(trial.train, directory=tmp_path))
+    monkeypatch.setitem(SOFTMAX_BACKWARD, "mine", lambda a, g, visible: 2 * a * g)
     plt.switch_backend("agg")
     runs = trial.compare(iterations=2, softmax_backward="mine", optimizer=still)
-    assert list(runs) == ["full", "none", "yours"] and sent and len([*tmp_path.iterdir()]) == 2
+    assert list(runs) == ["full", "none", "yours"] and len([*tmp_path.iterdir()]) == 2
     before, after = (runs["yours"].at(step).state_dict() for step in (0, 2))
     assert all(after[name].equal(values) for name, values in before.items())
 
