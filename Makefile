@@ -17,8 +17,8 @@ HTML := report/.work/html
 SINGLE := report/.work/single
 SPHINX := $(PY) -m sphinx -q -W --keep-going -E -c notebooks/_site
 # The longest first, so that none of them is left to run alone.
-LONG := $(foreach number,02 08 06 05,$(wildcard notebooks/$(number)_*.ipynb))
-PLACES := $(addprefix notebooks/,[0-9]*.ipynb index.ipynb explore.ipynb your_own_rule.ipynb)
+LONG := $(foreach number,02 07 08 05 04,$(wildcard notebooks/$(number)_*.ipynb))
+PLACES := $(addprefix notebooks/,[0-9]*.ipynb index.ipynb)
 NOTEBOOKS := $(LONG) $(filter-out $(LONG),$(wildcard $(PLACES)))
 EXECUTED := $(NOTEBOOKS:notebooks/%=$(SITE)/%)
 PAGES := $(wildcard notebooks/*.md)
@@ -100,10 +100,13 @@ $(SITE)/%.ipynb: notebooks/%.ipynb $(wildcard notebooks/*.py) notebooks/_site/ex
 	@cat $(@:.ipynb=.time)
 
 # What 02 trains, these load.
-$(filter $(addprefix $(SITE)/,03% 04% 07% 09% index% explore%),$(EXECUTED)): | $(SITE)/02_training.ipynb
+$(filter $(addprefix $(SITE)/,03% 04% 08% 09% index%),$(EXECUTED)): | $(SITE)/02_training.ipynb
+data/explorer-data.js: notebooks/_site/explorer.py notebooks/explore.py notebooks/figures.py \
+    $(wildcard *.py data/*.py) .venv/.ready $(TEXT_READY) | $(SITE)/02_training.ipynb
+	@cd notebooks && OMP_NUM_THREADS=1 ../$(PY) -m _site.explorer
 
 # The pages' folder is filled anew: a notebook or a page may be gone.
-report/.work/filled: $(EXECUTED) $(PAGES) \
+report/.work/filled: $(EXECUTED) $(PAGES) data/explorer-data.js \
     $(wildcard notebooks/_site/*.* notebooks/_site/templates/* notebooks/_site/_static/*) \
     $(wildcard notebooks/solutions/*.py) notebooks/exercises.py LICENSE pyproject.toml Makefile
 	@rm -rf $(filter-out $(EXECUTED),$(wildcard $(SITE)/*.ipynb $(SITE)/*.md))

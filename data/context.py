@@ -1,4 +1,4 @@
-"""The split against context length, from 64 to 16,384 tokens: data/context.csv, for notebook 10.
+"""The split against context length, from 64 to 16,384 tokens: data/context.csv, for notebook 91.
 
     python data/context.py     trains the model, an hour on two cores, then measures it
 

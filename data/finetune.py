@@ -1,4 +1,4 @@
-"""Does a model that others trained survive fine-tuning without the lateral sum? For notebook 09.
+"""Does a model that others trained survive fine-tuning without the lateral sum? For notebook 08.
 
     python data/finetune.py     adds the rows that data/finetuning.csv still misses
 

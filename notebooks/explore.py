@@ -1,4 +1,4 @@
-"""What one head sends back through its softmax, and what changes it: behind ``explore.ipynb``.
+"""What one head sends back through its softmax, and what changes it: behind ``09_explore.ipynb``.
 
 Numbers come first, by functions of a ``State`` that know nothing of widgets; then the picture that
 shows them, and the widgets by which a reader moves the state.

@@ -37,6 +37,7 @@ def set_style() -> None:
     sns.set_theme(context="notebook", style="ticks", palette=list(COLORS.values()), rc={
         "figure.figsize": (7, 4), "figure.dpi": 100, "figure.constrained_layout.use": True,
         "axes.titlelocation": "left", "axes.titlesize": "medium",
+        "xtick.labelsize": 12, "ytick.labelsize": 12,  # so that exponents can be read, too
         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
         "svg.hashsalt": "report", "svg.fonttype": "none",  # text stays text: half the bytes
         "mathtext.fontset": "stix",  # every machine has a serif face as wide

@@ -1,4 +1,4 @@
-"""A rule, norm, cap or optimizer of one's own, tried on recall: behind ``your_own_rule.ipynb``."""
+"""A rule, norm, cap or optimizer of one's own, tried on recall: behind 09_your_own_rule.ipynb."""
 
 from __future__ import annotations
 

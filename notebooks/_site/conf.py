@@ -35,8 +35,19 @@ nb_code_prompt_show = nb_code_prompt_hide = "Code"
 # what one would paste elsewhere
 copybutton_selector = "div.highlight:not(.cell_output *, .solution *) > pre"
 
-# Beside the pages: MathJax, one script of the 15 MB that its package would copy, and what notebook
-# 07 writes for the explorer. A missing file is a warning, which make takes for an error.
+# Addresses of earlier editions, and the pages that have taken their places.
+moved = {
+    "05_verdict": "05_training_without_it", "06_local_surrogates": "05_training_without_it",
+    "07_explore": "explorer", "08_what_mends_it": "06_what_helps",
+    "09_trained_by_others": "08_models_of_others", "10_cost": "91_cost",
+    "91_one_capture": "92_one_capture", "explore": "09_explore",
+    "your_own_rule": "09_your_own_rule",
+}
+html_context = {"moved": moved}
+html_additional_pages = dict.fromkeys(moved, "moved.html")
+
+# Beside the pages: MathJax, one script of the 15 MB that its package would copy, and what
+# explorer.py writes for the explorer. A missing file is a warning, which make takes for an error.
 MATHJAX = Path(find_spec("sphinx-mathjax-offline").origin).parent / "static" / "mathjax"
 EXPLORER = [str(ROOT / "data" / f"explorer-{name}.js") for name in ("data", "bp", "fa")]
 html_static_path = ["_static", str(MATHJAX / "tex-svg.js"), *EXPLORER]

@@ -17,7 +17,6 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 from tqdm import tqdm
 from traitlets.config import Config
 
-UNNUMBERED = ("index", "explore", "your_own_rule")  # the numbered ones are pages, too
 BAR = "{desc:<32}{bar} {n} of {total} cells, {elapsed}"
 
 
@@ -76,6 +75,6 @@ if __name__ == "__main__":
         args.output_dir.mkdir(parents=True, exist_ok=True)
     for path in args.notebooks:
         # of a folder: the report's, not what a reader may have left there
-        pages = [*path.glob("[0-9]*.ipynb"), *(path / f"{name}.ipynb" for name in UNNUMBERED)]
+        pages = [*path.glob("[0-9]*.ipynb"), path / "index.ipynb"]
         for source in sorted(pages) if path.is_dir() else [path]:
             execute(source, (args.output_dir or source.parent) / source.name)

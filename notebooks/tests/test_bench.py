@@ -1,4 +1,4 @@
-"""What notebook 10 is made from: how costs are measured, and the model of long contexts."""
+"""What notebook 91 is made from: how costs are measured, and the model of long contexts."""
 
 import dataclasses
 import sys

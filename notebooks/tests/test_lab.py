@@ -61,7 +61,7 @@ def react(page: Page, what: str, action) -> None:
 
 
 def test_what_is_moved_shows_what_helpers_compute(lab) -> None:
-    page = lab("explore")
+    page = lab("09_explore")
     page.get_by_text("| Idle").wait_for()  # the kernel
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_text("Run All Cells", exact=True).click()
@@ -91,7 +91,7 @@ def test_what_is_moved_shows_what_helpers_compute(lab) -> None:
     assert not page.locator("[data-mime-type$=stderr], [data-mime-type$=error]").count()
 
 
-@pytest.mark.parametrize("name", ["index", "01_softmax_jacobian", "your_own_rule"])
+@pytest.mark.parametrize("name", ["index", "01_softmax_jacobian", "09_your_own_rule"])
 def test_what_the_site_folds_is_folded(lab, name: str) -> None:
     page, notebook = lab(name), nbformat.read(ROOT / f"notebooks/{name}.ipynb", as_version=4)
     first = next(cell for cell in notebook.cells if "source_hidden" in

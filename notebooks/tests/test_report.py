@@ -4,6 +4,7 @@ make test-report opens every page once for all of its tests; REPORT=FOLDER tests
 a reader moves in the explorer and on the front page is held against PyTorch.
 """
 
+import base64
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from bs4 import BeautifulSoup
 from playwright.sync_api import Browser, Locator, Page
 
 import helpers
+from conf import moved
 from figures import COLORS, RULE_NAMES
 from helpers import load_corpus, split_softmax_gradient
 from model_local import SOFTMAX_BACKWARD, LocalGPT, LocalGPTConfig
@@ -29,7 +31,7 @@ from pages import efforts, solutions
 REPORT = Path(os.environ.get("REPORT", Path(__file__).parents[2] / "report")).resolve()
 if not (REPORT / "index.html").is_file():
     pytest.fail(f"there is no {REPORT / 'index.html'}: make report first", pytrace=False)
-PAGES = sorted(path.name for path in REPORT.glob("*.html"))
+PAGES = sorted({path.name for path in REPORT.glob("*.html")} - {f"{old}.html" for old in moved})
 READ = [name for name in PAGES if name not in {"one-file.html", "search.html"}]
 # all of it, with the models that the explorer loads when asked; the front page without MathJax
 MAX_BYTES, MAX_BYTES_FRONT = 40e6, 3e6
@@ -206,10 +208,20 @@ def written(name: str) -> BeautifulSoup:
     return BeautifulSoup((REPORT / name).read_text(encoding="utf-8"), "html.parser")
 
 
-def test_navigation_lists_every_page_in_groups() -> None:
+def test_navigation_lists_every_page_the_story_first_and_evidence_folded() -> None:
     tree = written("index.html").select_one(".sidebar-tree")
-    assert len(tree.select(".caption")) >= 4
-    assert sorted(a["href"] for a in tree.select("ul a")) == sorted(set(READ) - {"index.html"})
+    listed = [a["href"] for a in tree.select("ul a")]
+    assert sorted(listed) == sorted(set(READ) - {"index.html"})
+    story = [a["href"] for a in tree.select_one("ul").select("a")]
+    assert story == [name for name in READ if name.startswith("0")]
+    folded = tree.select("li:has(> input.toctree-checkbox:not([checked])) > ul a")
+    assert {"91_cost.html", "92_one_capture.html", "protocol.html"} <= {a["href"] for a in folded}
+
+
+@pytest.mark.parametrize("old", moved)
+def test_an_old_address_leads_to_a_page(old: str) -> None:
+    leads = written(f"{old}.html").select_one("meta[http-equiv=refresh]")["content"]
+    assert leads == f"0; url={moved[old]}.html" and f"{moved[old]}.html" in READ
 
 
 def test_numbered_sections_are_found_by_their_numbers() -> None:
@@ -312,7 +324,7 @@ def test_search_finds(browser: Browser) -> None:
     assert not dead_links(page) + trouble
 
 
-# ---- the explorer: what it shows is what PyTorch computes, from the networks of 07 ----
+# ---- the explorer: what it shows is what PyTorch computes, from the networks of 02 ----
 
 CORPUS = load_corpus()
 
@@ -418,7 +430,7 @@ def test_the_page_s_passes_are_those_of_pytorch(models_page: Page, method: str, 
         assert found["loss"] == pytest.approx(loss, abs=1e-3)
 
 
-def test_every_change_of_a_stored_head_is_that_of_07(explorer: Visit) -> None:
+def test_every_change_of_a_stored_head_is_that_of_pytorch(explorer: Visit) -> None:
     page = explorer.page
     page.locator("#explorer-presets button").first.click()
     page.locator("#explorer-method label", has_text="backpropagation").click()
@@ -450,6 +462,24 @@ def test_every_change_of_a_stored_head_is_that_of_07(explorer: Visit) -> None:
     shown = page.locator("#explorer-head label").nth(9).text_content()
     assert numbers(shown)[-1] == pytest.approx(cosine, abs=6e-3)
     assert not explorer.trouble
+
+
+def test_stored_maps_are_off_by_less_than_a_thousandth_of_f(explorer: Visit) -> None:
+    page = explorer.page
+    rows, columns = np.tril_indices(page.evaluate("EXPLORER.characters.length"))
+    for method, moments in page.evaluate("EXPLORER.maps").items():
+        for step, kept in moments.items():
+            exact = attention_and_error(trained(method).at(int(step)), passage(page))
+            scale = np.array(kept["scale"])[:, None]
+            a, g = (np.frombuffer(base64.b64decode(kept[name]), kind).reshape(len(scale), -1)
+                    for name, kind in (("a", "<u2"), ("g", "<i2")))
+            found = np.zeros((2, *exact[0].shape))
+            found[:, :, rows, columns] = (a / 65535) ** 4, g / 32767 * scale
+            found[0] /= found[0].sum(-1, keepdims=True)
+            parts = (split_softmax_gradient(*maps) for maps in (exact, torch.from_numpy(found)))
+            full = split_softmax_gradient(*exact).full.abs().amax((-2, -1), keepdim=True)
+            for x, y in zip(*parts, strict=True):
+                assert ((x - y).abs() < 1e-3 * full).all() or not CORPUS.is_shakespeare
 
 
 def test_one_s_own_text_is_read_or_refused(explorer: Visit) -> None:

@@ -11,7 +11,7 @@ import yaml
 from docutils import nodes
 from nbformat.v4 import new_code_cell, new_notebook
 
-from conf import author, project, release
+from conf import author, moved, project, release
 from pages import complete_exercises, efforts, name_equations, solutions
 from single_file import inline
 
@@ -116,3 +116,9 @@ def test_what_tools_cite_is_this_report() -> None:
     cited = yaml.safe_load((Path(__file__).parents[2] / "CITATION.cff").read_text(encoding="utf-8"))
     assert (cited["title"], cited["version"], cited["license"]) == (project, release, "MIT")
     assert cited["authors"] == [{"name": author}]
+
+
+@pytest.mark.parametrize("old", moved)
+def test_an_old_address_is_gone_and_the_page_that_it_leads_to_is_there(old: str) -> None:
+    folder = Path(__file__).parents[1]
+    assert [*folder.glob(f"{moved[old]}.*")] and not [*folder.glob(f"{old}.[im]*")]

@@ -1,5 +1,5 @@
 /* The explorer: what follows from A and g of a head, its controls and its pictures. EXPLORER, the
-   data, is written by 07_explore.ipynb; the model for one's own text is in explorer-model.js. */
+   data, is written by 04_energy_split.ipynb#section-4-6; the model for one's own text is in explorer-model.js. */
 "use strict";
 (() => {
   const {layers, heads, maps, opening, settled} = EXPLORER;
