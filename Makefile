@@ -18,7 +18,7 @@ SINGLE := report/.work/single
 SPHINX := $(PY) -m sphinx -q -W --keep-going -E -c notebooks/_site
 # The longest first, so that none of them is left to run alone.
 LONG := $(foreach number,02 07 08 05 04,$(wildcard notebooks/$(number)_*.ipynb))
-PLACES := $(addprefix notebooks/,[0-9]*.ipynb index.ipynb)
+PLACES := $(addprefix notebooks/,[0-9]*.ipynb index.ipynb slides.ipynb)
 NOTEBOOKS := $(LONG) $(filter-out $(LONG),$(wildcard $(PLACES)))
 EXECUTED := $(NOTEBOOKS:notebooks/%=$(SITE)/%)
 PAGES := $(wildcard notebooks/*.md)
@@ -98,6 +98,9 @@ $(SITE)/%.ipynb: notebooks/%.ipynb $(wildcard notebooks/*.py) notebooks/_site/ex
 	@mkdir -p $(@D)
 	@$(PY) notebooks/_site/execute.py $< --output-dir $(@D) > $(@:.ipynb=.time)
 	@cat $(@:.ipynb=.time)
+
+# Slides show figures as other notebooks have stored them.
+$(SITE)/slides.ipynb: $(filter-out notebooks/slides.ipynb,$(NOTEBOOKS))
 
 # What 02 trains, these load.
 $(filter $(addprefix $(SITE)/,03% 04% 08% 09% index%),$(EXECUTED)): | $(SITE)/02_training.ipynb

@@ -5,6 +5,7 @@ a reader moves in the explorer and on the front page is held against PyTorch.
 """
 
 import base64
+import io
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urljoin, urlsplit
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -94,9 +96,9 @@ def explorer(browser: Browser) -> Iterator[Visit]:
 
 
 @pytest.fixture(scope="module")
-def essay(browser: Browser) -> Iterator[Visit]:
-    visit = visit_page(browser, "index.html")
-    visit.page.locator("#figure-0-2 .essay [role=status]").wait_for()
+def five_keys(browser: Browser) -> Iterator[Visit]:
+    visit = visit_page(browser, "09_five_keys.html")
+    visit.page.locator("#figure-9-4 .five-keys [role=status]").wait_for()
     yield visit
     visit.page.context.close()
 
@@ -211,7 +213,7 @@ def written(name: str) -> BeautifulSoup:
 def test_navigation_lists_every_page_the_story_first_and_evidence_folded() -> None:
     tree = written("index.html").select_one(".sidebar-tree")
     listed = [a["href"] for a in tree.select("ul a")]
-    assert sorted(listed) == sorted(set(READ) - {"index.html"})
+    assert sorted(listed) == sorted(set(READ) - {"index.html", "slides.html"})
     story = [a["href"] for a in tree.select_one("ul").select("a")]
     assert story == [name for name in READ if name.startswith("0")]
     folded = tree.select("li:has(> input.toctree-checkbox:not([checked])) > ul a")
@@ -283,11 +285,52 @@ def test_one_switch_shows_all_code_and_is_remembered(browser: Browser) -> None:
     page.context.close()
 
 
-def test_on_paper_no_figure_is_higher_than_half_a_page(essay: Visit) -> None:
-    page = essay.page
+def test_in_class_view_a_class_can_vote_before_it_looks(browser: Browser) -> None:
+    page, trouble = visit_page(browser, "01_softmax_jacobian.html?class")
+    page.wait_for_load_state()
+    text = page.locator("article").inner_text()  # what is visible of it
+    assert "Question." in text and "Answer." not in text
+    assert not page.locator("article > section > ul").first.is_visible()  # the answer goes on
+    for part in (".sidebar-drawer", ".toc-drawer", ".related-pages"):
+        assert not page.locator(part).is_visible()
+
+    pictures = page.locator("figure.align-default img")
+    assert pictures.count() > 1
+    for picture in pictures.all():
+        covered = plt.imread(io.BytesIO(picture.screenshot()))
+        picture.click()
+        shown = plt.imread(io.BytesIO(picture.screenshot()))
+        line = int(28 * len(shown) / picture.evaluate("image => image.naturalHeight"))
+        assert np.ptp(covered[:line]) < 0.1 < np.ptp(shown[:line])  # one colour, then a title
+        changed = np.abs(covered - shown)[3 * line // 2 :].max()
+        assert changed < 0.5  # below the title nothing, but for how edges are smoothed
+
+    page.locator("article a[href*='02_training']").last.click()
+    page.wait_for_url("**/02_training.html?class")
+    assert "Answer." not in page.locator("article").inner_text()
+    page.goto(f"{REPORT.as_uri()}/index.html?class")
+    assert "The answer." not in page.locator("article").inner_text()
+    assert not page.locator("#figure-0-1").is_visible()  # which is the answer's picture
+    assert not trouble
+    page.context.close()
+
+
+def test_page_down_turns_the_slides(browser: Browser) -> None:
+    page, trouble = visit_page(browser, "slides.html")
+    tops = page.eval_on_selector_all("h1 ~ section", "all => all.map(slide => slide.offsetTop)")
+    assert len(tops) == 9 and min(np.diff(tops)) >= DESKTOP["height"]  # and the title
+    for top in tops:
+        page.keyboard.press("PageDown")
+        page.wait_for_function("top => Math.abs(scrollY - top) < 2", arg=top)
+    assert not page.locator(".sidebar-drawer").is_visible() and not trouble
+    page.context.close()
+
+
+def test_on_paper_no_figure_is_higher_than_half_a_page(five_keys: Visit) -> None:
+    page = five_keys.page
     page.emulate_media(media="print")
     page.set_viewport_size({"width": 680, "height": 1000})  # A4 without its margins
-    pictures = page.locator("figure.align-default img, .essay .panels")
+    pictures = page.locator("figure.align-default img, .five-keys .panels")
     heights = pictures.evaluate_all("all => all.map(e => e.getBoundingClientRect().height)")
     floats = page.locator(".skip-to-content").is_visible()  # over the text of every page
     page.emulate_media(media="screen")
@@ -482,6 +525,22 @@ def test_stored_maps_are_off_by_less_than_a_thousandth_of_f(explorer: Visit) -> 
                 assert ((x - y).abs() < 1e-3 * full).all() or not CORPUS.is_shakespeare
 
 
+def test_the_explorer_begins_where_its_address_says(browser: Browser) -> None:
+    address = "explorer.html?method=fa&step=200&head=9&query=21&key=5&constant=-1.5&rule=mean"
+    page, trouble = visit_page(browser, address)
+    words = page.locator("#explorer-readout").text_content()
+    assert "L2H1, feedback alignment, iteration 200." in words
+    assert "Query 21" in words and "Key 5" in words
+    assert page.locator("#explorer-constant").input_value() == "-1.5"
+    assert page.locator("#explorer-rule").input_value() == "mean"
+    usual, _ = visit_page(browser, "explorer.html")
+    page.goto(f"{REPORT.as_uri()}/explorer.html?step=7&rule=no&head=&weight=&query=x&text=3")
+    readouts = [p.locator("#explorer-readout").text_content() for p in (page, usual)]
+    assert readouts[0] == readouts[1] and not trouble  # what it does not know is passed over
+    page.context.close()
+    usual.context.close()
+
+
 def test_one_s_own_text_is_read_or_refused(explorer: Visit) -> None:
     page, text = explorer.page, known("To be, or not to be, that is the question: 3")
     said = page.locator("#explorer-said")
@@ -534,7 +593,7 @@ def test_a_tap_on_a_map_picks_and_all_maps_answer(browser: Browser) -> None:
     assert not trouble
 
 
-# ---- the front page: five keys, and losses by the iteration ----
+# ---- five keys ----
 
 
 def descend(s: torch.Tensor, g: torch.Tensor, rule: str) -> torch.Tensor:
@@ -551,15 +610,15 @@ def assert_follows(page: Page, scores: list[float], errors: list[float], rule: s
     f, d, o = split_softmax_gradient(a, g)
     expected = {"s": s, "a": a, "g": g, "d": d, "o": o, "f": f}
     expected |= {"s after": after, "a after": after.softmax(-1)}
-    found = table(page, "#figure-0-2 tr")
+    found = table(page, "#figure-9-4 tr")
     assert list(found) == list(expected)
     for name, values in expected.items():
         torch.testing.assert_close(found[name], values, rtol=0, atol=0.0051)
-    b, *sums, _, drift, most = numbers(page.locator("#figure-0-2 [role=status]").text_content())
+    b, *sums, _, drift, most = numbers(page.locator("#figure-9-4 [role=status]").text_content())
     largest = (after.softmax(-1) - a).abs().max()
     told = [a @ g, d.sum(), o.sum(), f.sum(), (after - s).mean(), largest]
     np.testing.assert_allclose([b, *sums, drift, most], told, rtol=0, atol=0.0051)
-    panel = page.locator("#figure-0-2 .panels svg").nth(3)
+    panel = page.locator("#figure-9-4 .panels svg").nth(3)
     scale = next(end for end in (0.5, 1, 2) if end >= torch.stack([d, o, f]).abs().max())
     for name, values in {"d": d, "o": o, "f": f}.items():
         bars = panel.locator(f"rect.{name}:not(.swatch)")
@@ -568,18 +627,18 @@ def assert_follows(page: Page, scores: list[float], errors: list[float], rule: s
         np.testing.assert_allclose(heights, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_the_rules_have_the_names_that_the_figures_use(essay: Visit) -> None:
-    rules = essay.page.evaluate("SOFTMAX_RULES")
+def test_the_rules_have_the_names_that_the_figures_use(five_keys: Visit) -> None:
+    rules = five_keys.page.evaluate("SOFTMAX_RULES")
     assert {rule: told["name"] for rule, told in rules.items()} == RULE_NAMES
 
 
-@pytest.mark.parametrize("address", ["index.html", "one-file.html"])
+@pytest.mark.parametrize("address", ["09_five_keys.html", "one-file.html"])
 def test_every_part_of_the_five_keys_moves(browser: Browser, address: str) -> None:
     page, trouble = visit_page(browser, address)
     start = json.loads(page.locator("#five-keys").text_content())
     scores, plus = start["scores"], start["errorsPlus"]
     errors = start["errors"]
-    assert not page.locator("#figure-0-2 img").is_visible()
+    assert not page.locator("#figure-9-4 img").is_visible()
     assert_follows(page, scores, [g + plus for g in errors], start["rule"])
 
     def slider(name: str) -> Locator:
@@ -605,32 +664,13 @@ def test_every_part_of_the_five_keys_moves(browser: Browser, address: str) -> No
     errors[1] = value
     move(page.locator("input[name=scoresPlus]"), 3)
     move(page.locator("input[name=errorsPlus]"), -3)
-    page.locator("#figure-0-2 select").select_option("balanced_by_attention")
-    assert_follows(page, [s + 3 for s in scores], [g - 3 for g in errors], "balanced_by_attention")
+    page.locator("#figure-9-4 select").select_option("zero")
+    assert_follows(page, [s + 3 for s in scores], [g - 3 for g in errors], "zero")
     assert not trouble
-
-
-def test_losses_are_those_of_the_iteration_that_the_slider_is_at(essay: Visit) -> None:
-    page, stored = essay.page, json.loads(essay.page.locator("#rates").text_content())
-    low, high = np.log10(stored["ends"])
-    for now in (len(stored["iterations"]) - 1, 3, 0):
-        move(page.locator("#figure-0-6 input[name=iteration]"), now)
-        words = page.locator("#figure-0-6 output").text_content()
-        assert words == f"after {stored['iterations'][now]:,} iterations"
-        panels = page.locator("#figure-0-6 .panels svg").all()
-        for drawn, panel in zip(panels, stored["panels"], strict=True):
-            for rule, curve in panel["curves"].items():
-                circles = drawn.locator(f"circle.{rule}")
-                heights = circles.evaluate_all("all => all.map(point => point.cy.baseVal.value)")
-                losses = np.clip([losses[now] for losses in curve["losses"]], *stored["ends"])
-                expected = 22 + (high - np.log10(losses)) / (high - low) * 130
-                np.testing.assert_allclose(heights, expected, rtol=1e-5)
-    assert not essay.trouble
 
 
 def test_without_scripts_the_pictures_are_there(browser: Browser) -> None:
     page = browser.new_context(offline=True, java_script_enabled=False).new_page()
-    page.goto(f"{REPORT.as_uri()}/index.html")
-    for name in ("figure-0-2", "figure-0-6"):
-        assert page.locator(f"#{name} img").is_visible()
+    page.goto(f"{REPORT.as_uri()}/09_five_keys.html")
+    assert page.locator("#figure-9-4 img").is_visible()
     page.context.close()

@@ -296,5 +296,9 @@
 
   addEventListener("resize", draw);
   $("corpus").textContent = `of ${EXPLORER.corpus}`;
-  update(START);
+  // It begins where the address says, as in explorer.html?method=fa&step=0&head=6
+  const known = {method: METHODS, step: maps.bp, head: HEADS, rule: SOFTMAX_RULES, text: {}};
+  const asked = [...new URLSearchParams(location.search)].filter(([name, value]) =>
+    name in known ? value in known[name] : name in START && value && !isNaN(value));
+  update({...START, ...Object.fromEntries(asked.map(([n, v]) => [n, isNaN(v) ? v : +v]))});
 })();

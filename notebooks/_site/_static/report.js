@@ -20,6 +20,26 @@ if (folds.length) {
   show(stored == "true")
 }
 
+// With ?class in the address, a class votes before it looks: contents and answers are left out, a
+// figure has its title when it is clicked, and links lead to pages that are shown likewise.
+if (new URLSearchParams(location.search).has("class")) {
+  document.body.classList.add("in-class")
+  for (const bold of document.querySelectorAll("article p > strong:first-child")) {
+    if (!["Answer.", "The answer."].includes(bold.textContent)) continue
+    for (let part = bold.parentElement; part?.matches("p, ul, ol"); part = part.nextElementSibling)
+      part.classList.add("answer")
+  }
+  for (const link of document.querySelectorAll("article a[href*='.html']:not([href*=':'])")) {
+    link.search += link.search ? "&class" : "?class"
+  }
+  addEventListener("load", () => {
+    for (const image of document.querySelectorAll("figure.align-default img")) {
+      image.style.clipPath = `inset(${2900 / image.naturalHeight}% 0 0) content-box` // one line
+      image.addEventListener("click", () => (image.style.clipPath = ""))
+    }
+  })
+}
+
 // What a page needs to be used by keyboard and heard by screen reader.
 addEventListener("load", async () => {
   await window.MathJax?.startup.promise
