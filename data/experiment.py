@@ -12,8 +12,8 @@ import dataclasses
 import hashlib
 import itertools
 import math
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -229,8 +229,8 @@ KEY = {
     "score_scale": float, "optimizer": str, "feedback_scale": float, "lr": float, "steps": int,
     "seed": int,
 }
-# rules are compared within a group: all that determines a run but rule, scale, rate and seed
-GROUP = [name for name in KEY if name not in (*RULE, "feedback_scale", "lr", "seed")]
+# rules are compared within a setting: all that determines a run but rule, rate and seed
+SETTING = [name for name in KEY if name not in (*RULE, "lr", "seed")]
 USUAL = {"method": "bp", "base": "", "dose": 1.0, "after": 0, "attn_mode": "softmax",
          "qk_norm": "off", "qk_start": "gpt2", "score_cap": math.inf, "cap_backward": "exact",
          "score_scale": 1.0, "optimizer": "adamw", "feedback_scale": 1.0}
@@ -239,8 +239,6 @@ OUTCOMES = ["val_loss", "accuracy", *SYMPTOMS]
 CURVES = {"losses": "val_loss", "accuracies": "accuracy", "common_modes": "common_mode",
           "q_norms": "q_norm", "k_norms": "k_norm", "score_maxes": "score_max"}
 COLUMNS = [*KEY, "status", *OUTCOMES, *CURVES, "data", "experiment", "seconds", "machine", "torch"]
-TUNING_SEEDS = range(100, 200)  # they chose the learning rate in the first two editions
-TEST_SEEDS = (*range(100), *range(200, 300))
 CHOICE_SEEDS = (300, 301)  # they chose the cap, and judge nothing
 RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)  # each about half a power of ten above the last
 
@@ -303,20 +301,6 @@ def curve(values: str) -> np.ndarray:
     """
     return np.array(values.split(), dtype=float)
 
-
-def usual_runs(runs: pd.DataFrame) -> pd.DataFrame:
-    """Those of softmax attention as it usually starts, with scores of scale 1, by AdamW."""
-    names = "attn_mode", "qk_start", "score_cap", "cap_backward", "score_scale", "optimizer"
-    usual = (runs[[*names]] == pd.Series(USUAL)[[*names]]).all(axis=1)
-    return runs[usual & (runs["steps"] == runs["task"].map(lambda name: TASKS[name].steps))]
-
-
-def runs_without_norms() -> pd.DataFrame:
-    """What 05 and 06 judge: recall of the first edition, Tiny Shakespeare of the second."""
-    text = usual_runs(load_runs()).query("task == 'shakespeare' and qk_norm == 'off'")
-    return pd.concat([load_runs(experiment=1), text], ignore_index=True)
-
-
 # --------------------------------------------------------------------------------------------------
 # Harm and shares
 # --------------------------------------------------------------------------------------------------
@@ -333,8 +317,7 @@ class Harm(NamedTuple):
     verdict: str
 
 
-def harm(rule: Iterable[float], full: Iterable[float], none: Iterable[float],
-         confidence: float = 0.95) -> Harm:
+def harm(rule: Iterable[float], full: Iterable[float], none: Iterable[float]) -> Harm:
     """``(L_rule - L_full) / (L_none - L_full)`` over paired seeds.
 
     It is 0 for the exact pass and 1 where Q and K are never trained. rule, full, none: final losses
@@ -360,7 +343,7 @@ def harm(rule: Iterable[float], full: Iterable[float], none: Iterable[float],
     if not np.isfinite([full, none]).all():
         return Harm(math.nan, math.nan, math.nan, "undecided")
     scale = none - full
-    t = stats.t.ppf((1 + confidence) / 2, n - 1)
+    t = stats.t.ppf(0.975, n - 1)
     if not scale.mean() > t * scale.std(ddof=1) / math.sqrt(n):
         return Harm(math.nan, math.nan, math.nan, "undecided")
     if not np.isfinite(rule).all():
@@ -382,9 +365,9 @@ def harm(rule: Iterable[float], full: Iterable[float], none: Iterable[float],
     return Harm(excess.mean() / scale.mean(), low, high, verdict)
 
 
-def share_interval(solved: int, runs: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's (1927) interval for a share: it keeps its level also near 0 and 1."""
-    interval = stats.binomtest(solved, runs).proportion_ci(confidence, method="wilson")
+def share_interval(solved: int, runs: int) -> tuple[float, float]:
+    """Wilson's (1927) 95 % interval for a share: it keeps its level also near 0 and 1."""
+    interval = stats.binomtest(solved, runs).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)
 
 
@@ -392,7 +375,6 @@ def share_interval(solved: int, runs: int, confidence: float = 0.95) -> tuple[fl
 # The window of learning rates, as notebooks/protocol.md fixes it
 # --------------------------------------------------------------------------------------------------
 
-SETTING = [*GROUP, "feedback_scale"]  # rules are compared within a setting
 FEWEST = 4  # runs at a rate: of three, all of which solved, Wilson's lower end is 0.44
 SOLVES = 0.5  # on recall a share's lower end is above it where a rate is in the window
 KEEPS = 0.75  # on text it is this or more
@@ -405,6 +387,11 @@ def mean_interval(values: pd.Series) -> tuple[float, float, float]:
         return mean, mean, mean
     reach = stats.t.ppf(0.975, len(values) - 1) * values.std() / math.sqrt(len(values))
     return mean, mean - reach, mean + reach
+
+
+def shared_control(qk_norm: str) -> str:
+    """The norm that shares its ``none``: no gradient at Q and K, so none to change on its way."""
+    return LocalGPTConfig(qk_norm=qk_norm).exact.qk_norm
 
 
 def windows(runs: pd.DataFrame) -> pd.DataFrame:
@@ -507,216 +494,3 @@ def of_arms(table: pd.DataFrame, task: str, **changes) -> pd.DataFrame:
         setting = usual | setting
         parts.append(table[(table[[*setting]] == pd.Series(setting)).all(axis=1)].assign(arm=arm))
     return pd.concat(parts, ignore_index=True)
-
-
-# --------------------------------------------------------------------------------------------------
-# The verdict
-# --------------------------------------------------------------------------------------------------
-
-
-def best_settings(tuning: pd.DataFrame) -> tuple[float, float]:
-    """Feedback scale and rate by which most runs solved their task, then of the lowest mean loss.
-
-    A diverged run has the loss inf; with a NaN (it failed) nothing can be chosen, and both are NaN.
-    Without accuracies (NaN) none is solved, and the loss decides alone.
-
-    >>> tuning = {"feedback_scale": 1.0, "lr": [1e-3, 1e-3, 3e-3, 3e-3], "accuracy": math.nan}
-    >>> best_settings(pd.DataFrame(tuning | {"val_loss": [2.1, 2.3, 2.0, math.inf]}))
-    (1.0, 0.001)
-    """
-    runs = tuning.assign(solved=tuning["accuracy"] >= SOLVED).groupby(["feedback_scale", "lr"])
-    choice = pd.DataFrame({"solved": runs["solved"].mean(),
-                           "loss": runs["val_loss"].mean(skipna=False)})
-    if choice.empty or choice["loss"].isna().any():
-        return math.nan, math.nan
-    best = choice.sort_values(["solved", "loss"], ascending=[False, True]).index[0]
-    return float(best[0]), float(best[1])
-
-
-def shared_control(qk_norm: str) -> str:
-    """The norm that shares its ``none``: no gradient at Q and K, so none to change on its way."""
-    return LocalGPTConfig(qk_norm=qk_norm).exact.qk_norm
-
-
-class Judged(NamedTuple):
-    """The test runs that a rule is judged by, indexed by seed, and ``full`` and ``none`` beside."""
-
-    group: dict[str, object]  # by the names of GROUP
-    rule: tuple  # by the names of RULE
-    feedback_scale: float
-    lr: float
-    tried: pd.Series  # the learning rates of tuning
-    runs: pd.DataFrame
-    full: pd.DataFrame
-    none: pd.DataFrame
-
-    def losses(self) -> list[pd.Series] | None:
-        """Losses of rule, ``full`` and ``none`` on the seeds that all have; None without two."""
-        parts = [part["val_loss"] for part in (self.runs, self.full, self.none)]
-        losses = pd.concat(parts, axis=1, join="inner", keys=["rule", "full", "none"])
-        if len(losses) < 2 or losses.isna().any(axis=None):
-            return None
-        return [losses[name] for name in losses]
-
-    def solved(self) -> tuple[int, int, int, int] | None:
-        """Runs that solved their task and runs: of the rule, then of ``full``; None if any lack."""
-        counts = []
-        for part in (self.runs, self.full):
-            if part.empty or part["val_loss"].isna().any():
-                return None
-            counts += [int((part["accuracy"] >= SOLVED).sum()), len(part)]
-        return tuple(counts)
-
-
-FULL, NONE = (("full", "", 1.0, 0), ("none", "", 1.0, 0))  # as RULE names them
-
-
-def judged(runs: pd.DataFrame, at: str = "own") -> Iterator[Judged]:
-    """Every rule of every ``GROUP`` by its test runs, at the learning rate that tuning chose.
-
-    ``at`` says whose rate rule, ``full`` and ``none`` are at: each its ``own``, or all at that of
-    ``full`` or of the ``rule``. The feedback scale is everywhere that which ``full`` chose.
-    """
-    if at not in ("own", "full", "rule"):
-        raise ValueError(f"at={at!r} is not whose learning rate is used: "
-                         "choose 'own', 'full' or 'rule'")
-    for values, part in check_runs(runs).groupby(GROUP, sort=False):
-        group = dict(zip(GROUP, values, strict=True))
-        # Norms and caps that differ only backwards share the control.
-        control = group | {"qk_norm": shared_control(group["qk_norm"]), "cap_backward": "exact"}
-        if control != group:
-            shared = (runs[[*control, "rule"]] == pd.Series(control | {"rule": "none"})).all(axis=1)
-            part = pd.concat([part, runs[shared]])
-            part = part.drop_duplicates([*RULE, "feedback_scale", "lr", "seed", "experiment"])
-        tuning, tests = part[part["seed"].isin(TUNING_SEEDS)], part[part["seed"].isin(TEST_SEEDS)]
-
-        # The feedback scale is the choice of the exact pass, the rate that of each rule.
-        scale, _ = best_settings(tuning[tuning["rule"] == "full"])
-        if not math.isnan(scale):
-            tuning = tuning[tuning["feedback_scale"] == scale]
-        rules = pd.concat([tuning, tests])[RULE].drop_duplicates()
-        tests = tests[tests["feedback_scale"] == scale]
-        tried = dict(iter(tuning.groupby(RULE, sort=False)))
-        tested = dict(iter(tests.groupby([*RULE, "lr"], sort=False)))
-        best = {rule: best_settings(tried[rule])[1] for rule in tried}
-
-        for rule in rules.itertuples(index=False, name=None):
-            compared = rule, FULL, NONE
-            at_rate_of = {"own": compared, "full": (FULL,) * 3, "rule": (rule,) * 3}[at]
-            rates = [best.get(name, math.nan) for name in at_rate_of]
-            found = [tested.get((*name, lr), tests.iloc[:0]).set_index("seed").sort_index()
-                     for name, lr in zip(compared, rates, strict=True)]
-            lrs = tried.get(rule, tuning.iloc[:0])["lr"]
-            yield Judged(group, rule, scale, rates[0], lrs, *found)
-
-
-def harm_table(runs: pd.DataFrame, at: str = "own") -> pd.DataFrame:
-    """One row a rule within its ``GROUP``: seeds, rate, loss, harm, verdict, see ``judged``.
-
-    Losses and symptoms are means over the rule's test seeds, of which ``solved`` solved the task;
-    harm comes with its interval, over the seeds that ``full`` and ``none`` have too. The verdict is
-    ``missing`` where there are no two such seeds, or a run failed.
-    """
-    rows = []
-    for case in judged(runs, at):
-        losses = case.losses()
-        result = harm(*losses) if losses else Harm(math.nan, math.nan, math.nan, "missing")
-        if case.rule in (FULL, NONE) and losses and result.verdict != "undecided":
-            result = result._replace(verdict="reference")
-        row = case.group | dict(zip(RULE, case.rule, strict=True))
-        row |= {"seeds": len(case.runs), "feedback_scale": case.feedback_scale, "lr": case.lr}
-        low, high = case.tried.min(), case.tried.max()
-        row["lr_tried"] = f"{low:g} to {high:g}" if len(case.tried) else ""
-        row["lr_at_end"] = case.lr in (low, high)
-        loss = case.runs["val_loss"]
-        with np.errstate(invalid="ignore"):  # a diverged run's loss is inf, and has no deviation
-            row |= {"loss": loss.mean(), "loss_sd": loss.std()}
-        row["solved"] = int((case.runs["accuracy"] >= SOLVED).sum())
-        rows.append(row | result._asdict() | case.runs[["accuracy", *SYMPTOMS]].mean().to_dict())
-    return pd.DataFrame(rows)
-
-
-def headline_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """``harm_table`` with each rule at its own rate or, where none was tuned for it, at full's."""
-    tables = [harm_table(runs, at).query("verdict != 'missing'") for at in ("own", "full")]
-    both = pd.concat(tables).sort_index(kind="stable")
-    return both.drop_duplicates([*GROUP, *RULE], ignore_index=True)
-
-
-MOST, BEHIND = 0.5, -0.25  # bounds on the share solved, and on how far it may be behind full's
-
-
-def share_difference(solved: int, runs: int, other_solved: int, other_runs: int,
-                     confidence: float = 0.95) -> tuple[float, float]:
-    """Newcombe's (1998, method 10) interval for a share less another, from Wilson's for each.
-
-    >>> [round(end, 3) for end in share_difference(56, 70, 48, 80)]
-    [0.052, 0.334]
-    """
-    p, q = solved / runs, other_solved / other_runs
-    p_low, p_high = share_interval(solved, runs, confidence)
-    q_low, q_high = share_interval(other_solved, other_runs, confidence)
-    low = p - q - math.hypot(p - p_low, q_high - q)
-    return low, p - q + math.hypot(p_high - p, q - q_low)
-
-
-def mended(solved: tuple[int, int, int, int] | None, losses: Sequence[pd.Series] | None,
-           level: float) -> str:
-    """By the protocol of notebook 08, at one error level: mended, not mended, or undetermined.
-
-    Mended: the interval of the share of recall solved lies above ``MOST``, that of its difference
-    from the share of ``full`` above ``BEHIND``, and that of the harm on text ends at or below
-    ``TOLERABLE`` (``losses`` empty: leave it out). Not mended: one of the three lies wholly on the
-    other side; as one way is enough, each has a third of the level. Missing: without runs (None).
-    """
-    if solved is None or losses is None:
-        return "missing"
-    for verdict, error in (("mended", level), ("not mended", level / 3)):
-        share = share_interval(*solved[:2], 1 - error)
-        behind = share_difference(*solved, 1 - error)
-        holds = [share[0] >= MOST, behind[0] >= BEHIND]
-        fails = [share[1] < MOST, behind[1] < BEHIND]
-        if losses:
-            cost = harm(*losses, 1 - error)
-            holds.append(cost.high <= TOLERABLE)
-            fails.append(cost.low > TOLERABLE)
-        if all(holds) if verdict == "mended" else any(fails):
-            return verdict
-    return "undetermined"
-
-
-def mending(runs: pd.DataFrame, rules: Iterable[str] = ("diagonal", "zero")) -> pd.DataFrame:
-    """Which of two ``rules`` a setting mends, at the rate of ``full``; one row a rule and setting.
-
-    ``recall`` is the verdict without the harm on Shakespeare, ``both`` with it. Verdicts hold for
-    both rules together at the level 0.05, by Holm's (1979) method.
-    """
-    # What there is by setting and rule: runs of the protocol's length, and no probes.
-    setting = [name for name in GROUP if name not in ("task", "steps")]
-    known = defaultdict(lambda: defaultdict(lambda: {"recall": None, "shakespeare": None}))
-    for case in judged(runs, at="full"):
-        task, (rule, *probe) = case.group["task"], case.rule
-        if rule in rules and probe == [*FULL[1:]] and case.group["steps"] == TASKS[task].steps:
-            found = known[tuple(case.group[name] for name in setting)][rule]
-            found[task] = case.losses() if task == "shakespeare" else case.solved()
-
-    rows = []
-    for key, by_rule in known.items():
-        family = []
-        for rule, found in by_rule.items():
-            row = dict(zip([*setting, "rule"], [*key, rule], strict=True))
-            if solved := found["recall"]:
-                row |= zip(["solved", "seeds", "full_solved", "full_seeds"], solved, strict=True)
-                row["low"], row["high"] = share_interval(*solved[:2])
-                row["behind_low"], row["behind_high"] = share_difference(*solved)
-            family.append(row)
-        # By Holm: all at half of the level, and if one of the verdicts holds there, all at all.
-        for scope in ("recall", "both"):
-            for level in (0.05 / len(family), 0.05):
-                for row, found in zip(family, by_rule.values(), strict=True):
-                    losses = found["shakespeare"] if scope == "both" else ()
-                    row[scope] = mended(found["recall"], losses, level)
-                if not {"mended", "not mended"} & {row[scope] for row in family}:
-                    break
-        rows += family
-    return pd.DataFrame(rows)

@@ -1,9 +1,8 @@
-"""The look of the report, and what it draws: heads, windows, harm. Numbers come from elsewhere."""
+"""The look of the report, and what it draws: heads and windows. Numbers come from elsewhere."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,7 +14,7 @@ from matplotlib.colors import Normalize, SymLogNorm
 from matplotlib_inline.config import InlineBackend
 from torch import Tensor
 
-from data.experiment import CATASTROPHIC, GROUP, TASKS, TOLERABLE, USUAL, RecallTask
+from data.experiment import TASKS, RecallTask
 from helpers import split_softmax_gradient
 
 # Okabe and Ito's colour-blind-safe palette; one colour for one thing on every page
@@ -46,11 +45,17 @@ def set_style() -> None:
 
 # the softmax's rules in plain words, as a reader meets them
 RULE_NAMES = {
-    "full": "minus the lateral sum: exact", "diagonal": "own error only", "zero": "no baseline",
+    "full": "exact pass", "diagonal": "own error only", "zero": "no baseline",
     "mean": "minus the plain mean", "diagonal_mean": "own slope, minus the mean",
     "diagonal_lateral": "own slope, minus the sum", "balanced_evenly": "balanced evenly",
     "balanced_by_attention": "balanced by attention", "ste": "passed straight through",
-    "none": "nothing sent back"}
+    "none": "never trained"}
+# the settings of data.experiment.arms in plain words
+ARM_NAMES = {
+    "off": "as usual", "start": "larger weights at first", "held": "the same, their size held",
+    "cap": "scores capped", "cap, slope 1": "the same, slope taken as 1",
+    "cap and start": "capped, larger weights at first", "cut": "norm, cut in the backward pass",
+    "tangent": "tangent in the backward pass", "exact": "norm with its own backward pass"}
 
 
 def printable(text: str) -> list[str]:
@@ -137,23 +142,26 @@ def signed_scale(maps: Tensor, linear: float = 0.01) -> SymLogNorm:
     return SymLogNorm(linear * high, vmin=-high, vmax=high)
 
 
-def plot_windows(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+def plot_windows(table: pd.DataFrame, ax: Axes | None = None,
+                 names: Sequence[str] | None = None) -> Axes:
     """``share`` at every rate (rows of ``windows`` with a column ``name``); windows are framed.
 
-    A line of cells a ``name``, in the table's order, a column a rate. Of recall the cells have the
-    counts, of text the share; what was not run, or cannot be told, stays blank.
+    A line of cells per ``name``, in the order of ``names`` or else of the table, a column per rate.
+    Of recall the cells have the counts, of text the share; what was not run, or cannot be told,
+    stays blank.
     """
     ax = ax or plt.gca()
-    names, rates = [*dict.fromkeys(table["name"])], sorted(table["lr"].unique())
-    shares = table.pivot(index="name", columns="lr", values="share").loc[names, rates]
-    ax.imshow(shares.clip(0, 1), cmap="Blues", vmin=0, vmax=1.6, aspect="auto")  # to write on
+    names = [*(names or dict.fromkeys(table["name"]))]
+    rates = sorted(table["lr"].unique())
+    shares = table.pivot(index="name", columns="lr", values="share").reindex(index=names)[rates]
+    ax.imshow(shares.clip(0, 1), cmap="Greens", vmin=0, vmax=1.6, aspect="auto")  # to write on
     for cell in table.dropna(subset="share").itertuples():
         x, y = rates.index(cell.lr), names.index(cell.name)
         on_recall = isinstance(TASKS[cell.task].data, RecallTask)
         words = f"{cell.solved}/{cell.runs}" if on_recall else f"{cell.share:.2f}"
         ax.text(x, y, words, ha="center", va="center", fontsize="small")
         if cell.inside:
-            frame = {"fill": False, "edgecolor": COLORS["offdiag"], "linewidth": 2}
+            frame = {"fill": False, "edgecolor": "black", "linewidth": 1.5}
             ax.add_patch(plt.Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, **frame))
     ax.set_xticks(range(len(rates)), [f"{rate:.0e}".replace("e-0", "e-") for rate in rates])
     ax.set_yticks(range(len(names)), names)
@@ -161,73 +169,3 @@ def plot_windows(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.grid(visible=False)
     ax.set_xlabel("learning rate")
     return ax
-
-
-VERDICT_COLORS = {"tolerable": COLORS["sign_sym"], "costly": "#9A6700",
-                  "catastrophic": COLORS["offdiag"], "undetermined": "#777777"}
-
-
-def verdict_table(table: pd.DataFrame, digits: int = 3) -> str:
-    """The HTML of a table whose column ``verdict`` has the colours of ``plot_harm``.
-
-    Numbers have so many ``digits`` after the point, learning rates (``lr``) five.
-
-    >>> row = {"lr": [3e-5], "harm": [0.0125], "verdict": ["undetermined"]}
-    >>> table = verdict_table(pd.DataFrame(row), digits=2)
-    >>> [part in table for part in (">0.00003<", ">0.01<", "background: #77777740")]
-    [True, True, True]
-    """
-    shown = table.style.format(precision=digits, na_rep="").format("{:.5f}", subset=["lr"])
-    colors = {verdict: f"background: {color}40" for verdict, color in VERDICT_COLORS.items()}
-    shown = shown.map(lambda verdict: colors.get(verdict, ""), subset=["verdict"])
-    return shown.set_uuid("verdicts").set_table_attributes('class="dataframe"').to_html()
-
-
-def plot_harm(table: pd.DataFrame) -> np.ndarray:
-    """Harm of every rule (rows of ``harm_table``) with its interval and the verdict's two bounds.
-
-    A panel a group that has verdicts, one below the other, in a figure of their own; returns their
-    axes as an array. Raises ValueError where there is none.
-    """
-    shown = table[~table["rule"].isin(["full", "none"]) & table["harm"].notna()]
-    if shown.empty:
-        raise ValueError("no rule in this table has a harm to draw: it needs test runs of a rule, "
-                         "of full and of none")
-    groups = dict(iter(shown.groupby(GROUP, sort=False)))
-    heights = [len(part) + 1.2 for part in groups.values()]
-    _, axes = plt.subplots(len(groups), 1, figsize=(9, 0.27 * sum(heights) + 0.8), sharex=True,
-                           squeeze=False, height_ratios=heights)
-    axes = axes[:, 0]
-    # not by colour alone
-    markers = {"tolerable": "o", "costly": "s", "catastrophic": "X", "undetermined": "D"}
-    words = {"fontsize": "small", "va": "center", "textcoords": "offset points"}
-    for ax, (values, part) in zip(axes, groups.items(), strict=True):
-        part = part.sort_values("harm", ascending=False)
-        for position, row in enumerate(part.itertuples()):
-            color = VERDICT_COLORS[row.verdict]
-            if math.isinf(row.harm):  # a seed diverged: at the edge, beyond every scale
-                edge = ax.get_yaxis_transform()
-                ax.plot(1, position, ">", transform=edge, clip_on=False, color=color)
-                ax.annotate("diverged", (1, position), (-8, 0), xycoords=edge, ha="right",
-                            color=color, **words)
-                continue
-            ax.plot([row.low, row.high], [position] * 2, linewidth=2, color=color)
-            face = "white" if row.lr_at_end else color  # a rate beyond might have been better
-            ax.plot(row.harm, position, markers[row.verdict], markerfacecolor=face, color=color)
-            ax.annotate(row.verdict, (max(row.high, 1), position), (8, 0), color=color, **words)
-        for bound in (TOLERABLE, CATASTROPHIC):
-            ax.axvline(bound, color="0.6", linewidth=1, linestyle="--", zorder=0)
-        ax.axvline(0, color="0.8", linewidth=1, zorder=0)
-        ax.set_yticks(range(len(part)), part["rule"])
-        ax.set_ylim(-0.6, len(part) - 0.4)
-        ax.set_title(group_title(dict(zip(GROUP, values, strict=True))), fontsize="small")
-        ax.margins(x=0.2)  # for the words
-    axes[-1].set_xlabel("harm (0: full, 1: Q and K never trained)")
-    return axes
-
-
-def group_title(group: dict[str, object]) -> str:
-    """What is said of a group over its panel: task and method, then what is not as usual."""
-    unusual = [f"{name} {group[name]}" for name in GROUP
-               if name != "method" and group[name] != USUAL.get(name, group[name])]
-    return ", ".join([group["task"], group["method"], *unusual, f"{group['steps']:,} iterations"])

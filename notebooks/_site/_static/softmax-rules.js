@@ -41,7 +41,7 @@ const SOFTMAX_RULES = (() => {
     return (a, g) => diagonal(a, g).map((d, i, all) => d - share(a, i) * sum(all));
   }
   return {
-    full: {name: "minus the lateral sum: exact", send: baseline(false, dot)},
+    full: {name: "exact pass", send: baseline(false, dot)},
     diagonal: {name: "own error only", send: diagonal},
     zero: {name: "no baseline", send: baseline(false, zero)},
     mean: {name: "minus the plain mean", send: baseline(false, mean)},
@@ -50,6 +50,6 @@ const SOFTMAX_RULES = (() => {
     balanced_evenly: {name: "balanced evenly", send: balanced((a) => 1 / a.length)},
     balanced_by_attention: {name: "balanced by attention", send: balanced((a, i) => a[i])},
     ste: {name: "passed straight through", send: (a, g) => g},
-    none: {name: "nothing sent back", send: (a) => a.map(zero)},
+    none: {name: "never trained", send: (a) => a.map(zero)},
   };
 })();

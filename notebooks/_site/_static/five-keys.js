@@ -1,30 +1,29 @@
-/* The two figures of the front page that can be moved: five keys, whose rules are in
-   softmax-rules.js, and losses by the iteration. Each takes the place of its static picture; what
-   they draw is stored in the page by the notebook. */
+/* Five keys that can be moved, in the place of their static picture; rules are in softmax-rules.js,
+   and where it begins is stored in the page by the notebook. */
 "use strict";
 (() => {
   const ITERATIONS = 200, RATE = 0.1;
-  // Of a panel, in its own units: the drawing is WIDTH or NARROW wide, with room for an axis.
-  const WIDTH = 320, NARROW = 240, HEIGHT = 170, LEFT = 42, FOOT = 18, HEAD = 22;
+  // Of a panel, in its own units, with room for an axis.
+  const WIDTH = 320, HEIGHT = 170, LEFT = 42, FOOT = 18, HEAD = 22;
   const clamp = (x, [low, high]) => Math.min(high, Math.max(low, x));
   const number = (x) => minus((Math.abs(x) < 0.005 ? 0 : x).toFixed(2));
 
   /* A drawing with an axis at the left. `rescale` sets what it reaches from and to, `at` is the
      height of a value, `from` the value of a height. */
-  function panel(title, {width = WIDTH, log = false} = {}) {
-    const scale = log ? Math.log10 : (x) => x, tall = HEIGHT - HEAD - FOOT;
+  function panel(title) {
+    const tall = HEIGHT - HEAD - FOOT;
     const grid = element("g", {}), marks = element("g", {});
     let low, high;
-    const at = (value) => HEAD + (1 - (scale(value) - low) / (high - low)) * tall;
+    const at = (value) => HEAD + (1 - (value - low) / (high - low)) * tall;
     const from = (y) => low + (1 - (y - HEAD) / tall) * (high - low);
-    function rescale(ticks, ends = [ticks[0], ticks.at(-1)]) {
-      [low, high] = ends.map(scale);
+    function rescale(ticks) {
+      [low, high] = [ticks[0], ticks.at(-1)];
       grid.replaceChildren(...ticks.flatMap((tick) => [
-        element("line", {x1: LEFT, x2: width, y1: at(tick), y2: at(tick), class: "grid"}),
+        element("line", {x1: LEFT, x2: WIDTH, y1: at(tick), y2: at(tick), class: "grid"}),
         element("text", {x: LEFT - 5, y: at(tick) + 4, "text-anchor": "end"}, minus(tick))]));
     }
     const name = element("text", {x: 0, y: 12, class: "title"}, title);
-    const box = {viewBox: `0 0 ${width} ${HEIGHT}`, role: "group", "aria-label": title};
+    const box = {viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "group", "aria-label": title};
     return {svg: element("svg", box, name, grid, marks), at, from, marks, rescale};
   }
   /* The smallest of these scales around zero that the values fit into. */
@@ -45,7 +44,7 @@
     // The caption of the static picture says that on the report it could be moved.
     const words = figure.querySelector(".caption-text").lastChild;
     words.data = words.data.replace(/ \(On the report.*\)$/, "");
-    figure.querySelector("figcaption").before(element("div", {class: "essay"}, ...content));
+    figure.querySelector("figcaption").before(element("div", {class: "five-keys"}, ...content));
   }
 
   // ---- five keys: scores and errors that can be dragged ----
@@ -131,8 +130,8 @@
       added[plus] = output;
       labels.push(element("label", {}, `Add to every ${one} `, output, input));
     }
-    const options = Object.entries(SOFTMAX_RULES).map(([rule, {name}]) =>
-      element("option", {value: rule}, `${name} (${rule})`));
+    const options = ["full", "diagonal", "zero"].map((rule) =>
+      element("option", {value: rule}, `${SOFTMAX_RULES[rule].name} (${rule})`));
     const choice = element("select", {name: "rule"}, ...options);
     choice.value = state.rule;
     choice.addEventListener("change", () => {
@@ -206,56 +205,12 @@
         line([key + 1, ...columns.map(([, values]) => number(values[key]))])));
     }
 
-    replace("figure-0-2", element("div", {class: "controls"}, ...labels),
+    replace("figure-9-4", element("div", {class: "controls"}, ...labels),
       element("div", {class: "panels"}, ...Object.values(panels).map(({svg}) => svg)), said,
       element("details", {}, element("summary", {}, "In numbers"),
         element("div", {class: "table"}, table)));
     update();
   }
 
-  // ---- losses against the learning rate, by the iteration ----
-
-  function rates({iterations, ends, rates, panels}) {
-    const last = iterations.length - 1, output = element("output", {});
-    const input = element("input", {type: "range", min: 0, max: last, name: "iteration"});
-    input.value = last;
-    const decades = Math.log10(rates.at(-1) / rates[0]);
-    function across(rate) {
-      return LEFT + 14 + (Math.log10(rate / rates[0]) / decades) * (NARROW - LEFT - 36);
-    }
-    const drawn = panels.map(({title, curves}) => {
-      const made = panel(title, {width: NARROW, log: true});
-      made.rescale([0.001, 0.01, 0.1, 1], ends);
-      for (const rate of rates) {
-        const place = {x: across(rate), y: HEIGHT - 4, "text-anchor": "middle"};
-        made.svg.append(element("text", place, minus(rate.toExponential(0))));
-      }
-      return {...made, curves};
-    });
-    function update() {
-      const now = input.valueAsNumber, count = iterations[now].toLocaleString("en");
-      output.textContent = input.ariaValueText = `after ${count} iterations`;
-      for (const {at, marks, curves} of drawn) {
-        marks.replaceChildren();
-        for (const [rule, {lr, losses}] of Object.entries(curves)) {
-          const points = lr.map((rate, i) => [across(rate), at(clamp(losses[i][now], ends))]);
-          const circles = points.map(([cx, cy]) => element("circle", {cx, cy, r: 3, class: rule}));
-          marks.append(path(points, rule), ...circles);
-        }
-      }
-    }
-    input.addEventListener("input", update);
-    const legend = Object.keys(panels[0].curves).map((rule) =>
-      element("span", {class: rule}, `${SOFTMAX_RULES[rule].name} (${rule})`));
-    replace("figure-0-6",
-      element("div", {class: "controls"}, element("label", {}, "Losses ", output, input)),
-      element("p", {class: "legend"}, ...legend),
-      element("div", {class: "panels three"}, ...drawn.map(({svg}) => svg)),
-      element("p", {}, "validation loss (nats) against the learning rate"));
-    update();
-  }
-
-  const data = (name) => JSON.parse(document.getElementById(name).textContent);
-  fiveKeys(data("five-keys"));
-  rates(data("rates"));
+  fiveKeys(JSON.parse(document.getElementById("five-keys").textContent));
 })();
