@@ -7,6 +7,7 @@ A new rule, norm, start, cap or optimizer joins before its first row, and must l
 numbers as they are.
 """
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +68,8 @@ def iterations(cell):
     torch.set_num_threads(1)
     task = TASKS[cell.task]
     data = load_corpus(task.data) if isinstance(task.data, str) else task.data
-    object.__setattr__(data, "score", lambda model: {})  # takes longer than the iterations
+    data = copy.copy(data)  # other tests need its score, which takes longer than the iterations
+    object.__setattr__(data, "score", lambda model: {})
     if cell.after:  # so soon after the start no row of the table has one
         then = SOFTMAX_BACKWARD[probe_name(cell.rule, cell.base, cell.dose)]
         name = probe_name(cell.rule, cell.base, cell.dose, cell.after)
