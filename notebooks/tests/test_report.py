@@ -635,7 +635,7 @@ def test_the_rules_have_the_names_that_the_figures_use(five_keys: Visit) -> None
 @pytest.mark.parametrize("address", ["09_five_keys.html", "one-file.html"])
 def test_every_part_of_the_five_keys_moves(browser: Browser, address: str) -> None:
     page, trouble = visit_page(browser, address)
-    start = json.loads(page.locator("#five-keys").text_content())
+    start = json.loads(page.locator("#five-keys-start").text_content())
     scores, plus = start["scores"], start["errorsPlus"]
     errors = start["errors"]
     assert not page.locator("#figure-9-4 img").is_visible()

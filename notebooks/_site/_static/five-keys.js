@@ -212,5 +212,5 @@
     update();
   }
 
-  fiveKeys(JSON.parse(document.getElementById("five-keys").textContent));
+  fiveKeys(JSON.parse(document.getElementById("five-keys-start").textContent));
 })();
