@@ -439,3 +439,8 @@ def test_the_figure_of_windows_frames_them_and_writes_what_was_run():
     assert words == {(1, 0): "8/8", (0, 0): "2/8", (1, 1): "4/4"}
     assert sorted(round(frame.get_x() + 0.46) for frame in ax.patches) == [1, 1]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["1e-4", "1e-3"]
+    ax.clear()
+    plot_windows(table, ax, names=["full", "not run", "zero"])
+    words = {tuple(text.get_position()): text.get_text() for text in ax.texts}
+    assert words == {(1, 2): "8/8", (0, 2): "2/8", (1, 0): "4/4"}
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["full", "not run", "zero"]
