@@ -301,6 +301,7 @@ def curve(values: str) -> np.ndarray:
     """
     return np.array(values.split(), dtype=float)
 
+
 # --------------------------------------------------------------------------------------------------
 # Harm and shares
 # --------------------------------------------------------------------------------------------------
@@ -481,6 +482,7 @@ def window_verdict(on_recall: float, on_text: float) -> str:
     if min(on_recall, on_text) >= 2:
         return "tolerable"
     return "costly" if max(on_recall, on_text) else "catastrophic"
+
 
 def of_arms(table: pd.DataFrame, task: str, **changes) -> pd.DataFrame:
     """Those rows of a table of runs, or of ``windows``, that are of a task's ``arms``, by arm.

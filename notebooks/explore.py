@@ -19,7 +19,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from figures import COLORS, DIVERGING, RULE_NAMES, SEQUENTIAL, printable
+from figures import COLORS, DIVERGING, RULE_LABELS, SEQUENTIAL, printable
 from helpers import (Corpus, Run, capture_batch, energy_table, head_energy, split_softmax_gradient,
                      train, twin)
 from model_local import SOFTMAX_BACKWARD, LocalGPT, LocalGPTConfig
@@ -237,7 +237,7 @@ class Explorer(widgets.VBox):
         self.trained = control(widgets.Dropdown, "Trained by", options=[*TRAINED])
         self.step = control(widgets.SelectionSlider, "Iteration", value=State.step,
                             options=range(0, STEPS + 1, 50))
-        rules = {f"{name} ({rule})": rule for rule, name in RULE_NAMES.items()}
+        rules = {label: rule for rule, label in RULE_LABELS.items()}
         self.rule = control(widgets.Dropdown, "Rule", options=rules)
         self.text = control(widgets.Text, "Text", layout={"width": "99%"},
                             value=corpus.decode(corpus.val[:41]).replace("\n", "⏎"))

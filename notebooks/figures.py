@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -50,6 +50,7 @@ RULE_NAMES = {
     "diagonal_lateral": "own slope, minus the sum", "balanced_evenly": "balanced evenly",
     "balanced_by_attention": "balanced by attention", "ste": "passed straight through",
     "none": "never trained"}
+RULE_LABELS = {rule: f"{name} ({rule})" for rule, name in RULE_NAMES.items()}
 # the settings of data.experiment.arms in plain words
 ARM_NAMES = {
     "off": "as usual", "start": "larger weights at first", "held": "the same, their size held",
@@ -143,7 +144,7 @@ def signed_scale(maps: Tensor, linear: float = 0.01) -> SymLogNorm:
 
 
 def plot_windows(table: pd.DataFrame, ax: Axes | None = None,
-                 names: Sequence[str] | None = None) -> Axes:
+                 names: Iterable[str] | None = None) -> Axes:
     """``share`` at every rate (rows of ``windows`` with a column ``name``); windows are framed.
 
     A line of cells per ``name``, in the order of ``names`` or else of the table, a column per rate.
