@@ -150,7 +150,7 @@ def _errors_without_autograd(
 ) -> list[tuple[float, float]]:
     """``messages`` of each head of a layer; tensors (1, H, T, D), ``rows`` queries at a time."""
     T = q.shape[2]
-    b = (out.grad * out).sum(-1, keepdim=True)  # one number a query, formed without any key
+    b = (out.grad * out).sum(-1, keepdim=True)  # one number per query, formed without any key
     told, untold = [], []
     for some in torch.arange(T).split(rows):
         # the weights of these queries, and the gradient that arrives at them

@@ -255,7 +255,7 @@ def arms(task: str) -> dict[str, dict]:
 
 
 def load_runs(experiment: int | None = EXPERIMENT, path: Path = RUNS) -> pd.DataFrame:
-    """The table that data/sweep.py fills in, one row a run; ``experiment``: None for all of them.
+    """The table that data/sweep.py fills in, one row per run; ``experiment``: None for all of them.
 
     ``status`` is ok, diverged (``val_loss`` is inf) or failed (and why; ``val_loss`` is NaN).
     Raises FileNotFoundError where there is no table, and ValueError on what is none.

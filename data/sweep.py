@@ -1,4 +1,4 @@
-"""Fill in the table of runs, data/runs.csv: one row a run, only what is missing.
+"""Fill in the table of runs, data/runs.csv: one row per run, only what is missing.
 
     python data/sweep.py                       every plan, on this machine's cores
     python data/sweep.py --plan small          a small plan, to try it out in a minute

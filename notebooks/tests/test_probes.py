@@ -65,7 +65,7 @@ def test_a_message_told_in_few_bits_late_or_with_noise(base, exact):
     torch.testing.assert_close(local - a * m, send(exact, a, g))
 
     def told(rule, memory=None):
-        """What stands in the place of m: one number a query, weighed by attention."""
+        """What stands in the place of m: one number per query, weighed by attention."""
         sent = send(probe_name(rule, base), a, g, memory)
         number = (local - sent).sum(-1, keepdim=True)
         torch.testing.assert_close(local - a * number, sent)
