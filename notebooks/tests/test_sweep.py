@@ -31,9 +31,6 @@ def small_tasks(monkeypatch):
     monkeypatch.setattr(sweep, "load_corpus", {"letters": text}.get)
     monkeypatch.setitem(TASKS, "recall", Task(TASK, 4, 3, 2, SHAPE))
     monkeypatch.setitem(TASKS, "shakespeare", Task("letters", 4, 3, 2, SHAPE))
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
