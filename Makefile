@@ -46,7 +46,8 @@ test-report: report  ## test the report and JupyterLab in a browser: what is sho
 
 lab: .venv/.ready $(TEXT_READY)  ## open the notebooks in JupyterLab, at a page that says where to begin
 	@$(PY) -m nbformat.sign notebooks/*.ipynb > /dev/null  # else JupyterLab hides stored figures
-	$(PY) -m jupyterlab notebooks --LabApp.default_url="/lab/tree/start.ipynb"
+	$(PY) -m jupyterlab notebooks --LabApp.default_url="/lab/tree/start.ipynb" \
+		--LabApp.news_url=None  # it would ask whether to fetch them
 
 sweep: .venv/.ready $(TEXT_READY)  ## train the runs that data/runs.csv still misses (hours)
 	$(PY) data/sweep.py

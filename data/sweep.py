@@ -181,7 +181,9 @@ PLANS: dict[str, list[Cell]] = {
     **{f"fa-{arm}": on_text(arm, (*OF_TEXT, "ste"), **FA) for arm in ("off", "exact", "cap")},
     **{f"fa-long-{arm}": on_text(arm, ("full", "none", "diagonal"), [1e-3], range(200, 204),
                                  steps=2000, **FA) for arm in ("off", "exact", "cap")},
-    **{f"text-{arm}": on_text(arm, OF_TEXT) for arm in ("off", "exact", "cap")},
+    "text-off": on_text("off", OF_TEXT),
+    "text-cap": on_text("cap", OF_TEXT),
+    "text-exact": on_text("exact", OF_TEXT, RATES[1:]),  # open at 3e-4
     "surrogates": grid("recall", SURROGATES, RATES[1:], SEEDS),
     "sigmoid": grid("recall", ("full",), RATES[1:], SEEDS, attn_mode="sigmoid"),
     "own-rates": [cell for arm in ("off", "cap") for factor in ("0.3", "0.1", "0.03")

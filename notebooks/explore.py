@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass, replace
+from math import isnan
 
 import ipywidgets as widgets
 import numpy as np
@@ -137,7 +138,8 @@ table"""
 # --------------------------------------------------------------------------------------------------
 
 TITLES = {"a": "weights a", "g": "error g = dL/da", "a g": "a g: rows sum to b",
-          "d": "d = a (1 − a) g", "o": "o = f − d", "f": "f = d + o, exact", "sent": "sent"}
+          "d": "d = a (1 − a) g", "o": "o = f − d", "f": "f = d + o, exact",
+          "sent": "sent by the rule"}
 # bars of a query's row: their panel, place beside a key, width (of a key's share) and colour
 BARS = {"a": ("a", 0, 0.6, "0.5"), "g": ("g", 0, 0.6, "0.5"),
         "d": ("parts", -0.3, 0.2, COLORS["diag"]), "o": ("parts", -0.1, 0.2, COLORS["offdiag"]),
@@ -227,6 +229,7 @@ class Explorer(widgets.VBox):
         self.corpus, self.runs, self.picture = corpus, {}, Picture()
         self.layer, self.head = State.layer, State.head
         self.seen, self.asked, self.busy = None, None, False
+        self.shown_text = ""  # the last one that can be shown
 
         def control(kind: type, name: str, **options) -> widgets.Widget:
             chosen = kind(description=name, style={"description_width": "initial"}, **options)
@@ -257,7 +260,7 @@ class Explorer(widgets.VBox):
         self.constant = control(widgets.FloatSlider, "Constant in g", min=-3, max=3)
         self.by_hand = control(widgets.Checkbox, "This key's weight by hand", indent=False)
         self.weight = control(widgets.FloatSlider, "Weight", value=0.5, max=0.99, step=0.01)
-        self.code = control(widgets.ToggleButton, "", icon="code", tooltip="Lines of code")
+        self.code = control(widgets.ToggleButton, "Lines of code", icon="code")
         undo = widgets.Button(description="Undo changes")
         undo.on_click(lambda _: self.undo())
 
@@ -265,13 +268,18 @@ class Explorer(widgets.VBox):
         self.numbers, self.said, self.lines = widgets.HTML(), widgets.HTML(), widgets.Textarea()
         self.image.layout = {"width": "100%", "max_width": "860px"}
         self.lines.layout = {"width": "99%", "height": "250px"}
-        grid = widgets.GridBox(self.cells, layout={"grid_gap": "2px", "grid_template_columns":
-                                                   f"repeat({size.n_head}, 1fr)"})
+        named = [widgets.HTML(f"H{head}" if head >= 0 else "") for head in range(-1, size.n_head)]
+        for layer in range(size.n_layer):
+            of_layer = self.cells[layer * size.n_head : (layer + 1) * size.n_head]
+            named += [widgets.HTML(f"L{layer}"), *of_layer]
+        grid = widgets.GridBox(named, layout={"grid_gap": "2px", "grid_template_columns":
+                                              f"auto repeat({size.n_head}, 1fr)"})
         left = [self.measure, grid, self.query, self.key, self.temperature, self.constant,
                 self.by_hand, self.weight, widgets.HBox([undo, self.code])]
         left = widgets.VBox(left, layout={"flex": "0 0 310px"})
-        right = widgets.VBox([self.image, self.numbers], layout={"flex": "1 1 0", "min_width": "0"})
-        top = widgets.HBox([self.trained, self.step, self.rule])
+        right = widgets.VBox([self.image, self.numbers], layout={"flex": "1 1 0", "min_width": "0",
+                                                                "overflow": "hidden"})
+        top = widgets.HBox([self.trained, self.step, self.rule], layout={"grid_gap": "12px"})
         super().__init__([top, self.text, self.said, self.progress, widgets.HBox([left, right]),
                           self.lines])
         self.show()
@@ -279,7 +287,7 @@ class Explorer(widgets.VBox):
     @property
     def state(self) -> State:
         by_hand = (self.key.value, self.weight.value) if self.by_hand.value else None
-        return State(self.text.value.replace("⏎", "\n"), self.trained.value, self.step.value,
+        return State(self.shown_text, self.trained.value, self.step.value,
                      self.rule.value, self.layer, self.head, self.query.value,
                      self.temperature.value, self.constant.value, by_hand)
 
@@ -288,13 +296,27 @@ class Explorer(widgets.VBox):
         self.show()
 
     def undo(self) -> None:
-        self.temperature.value, self.constant.value, self.by_hand.value = 1.0, 0.0, False
+        self.temperature.value, self.constant.value = 1.0, 0.0
+        self.by_hand.value, self.weight.value = False, 0.5
+
+    def ids(self) -> Tensor:
+        """The text's ids; of one that cannot be shown, those of the text before."""
+        text, self.said.value = self.text.value.replace("⏎", "\n"), ""
+        try:
+            ids = self.corpus.encode(text)
+            if not 3 <= len(ids) <= LocalGPTConfig().block_size + 1:
+                raise ValueError(f"{len(ids)} characters: 3 to 65 are needed")
+        except ValueError as error:
+            self.said.value = f"<b style='color: #b00020'>{error}</b>. Below is the text before."
+            return self.corpus.encode(self.shown_text)
+        self.shown_text = text
+        return ids
 
     def model(self, state: State) -> LocalGPT:
         """The trained model with the chosen rule; one that nobody has asked for yet is trained."""
         if state.trained not in self.runs:
-            self.said.value = "Where it was never trained before, this takes a minute or two."
             with self.progress:  # its bar
+                print("Where it was never trained before, this takes a minute or two.")
                 self.runs[state.trained] = trained_run(state.trained, self.corpus)
             self.progress.clear_output()
         return twin(self.runs[state.trained].at(state.step), softmax_backward=state.rule)
@@ -305,19 +327,14 @@ class Explorer(widgets.VBox):
             return
         self.busy = True  # what is set here moves nothing
         try:
-            state = self.state
+            self.weight.disabled = not self.by_hand.value
+            ids, state = self.ids(), self.state
             asked = state.text, state.trained, state.step, state.rule
             if asked != self.asked:
-                ids = self.corpus.encode(state.text)
-                if not 3 <= len(ids) <= LocalGPTConfig().block_size + 1:
-                    raise ValueError(f"{len(ids)} characters: 3 to 65 are needed")
                 self.seen, self.asked = captured(self.model(state), ids), asked
             self.query.max = len(state.text) - 2
             self.key.max = self.query.value  # a query sees no key after it
             self.fill(self.state)
-            self.said.value = ""
-        except ValueError as error:
-            self.said.value = f"<b style='color: #b00020'>{error}</b>. Below is the text before."
         finally:
             self.busy = False
 
@@ -330,7 +347,8 @@ class Explorer(widgets.VBox):
                                              self.key.value)
         rows = ""
         for name, value in head_numbers(maps, state.query).items():
-            rows += f"<div>{name}: <b>{round(value, 6) + 0:.4g}</b></div>"  # no -1e-14
+            shown = "not defined" if isnan(value) else f"{round(value, 4) + 0:.4g}"  # no -1e-14
+            rows += f"<div>{name}: <b>{shown}</b></div>"
         self.numbers.value = f"<div style='columns: 2; line-height: 1.4'>{rows}</div>"
         self.lines.layout.display = "" if self.code.value else "none"
         self.lines.value = lines_of_code(state)
@@ -339,7 +357,7 @@ class Explorer(widgets.VBox):
         shares = np.nan_to_num(values / max(1.0, np.nanmax(values))).clip(0, 1)
         names = table[["layer", "head"]].itertuples(index=False, name=None)
         for cell, value, share, name in zip(self.cells, values, shares, names, strict=True):
-            cell.description = f"{value:.2f}"
+            cell.description = "–" if isnan(value) else f"{value:.2f}"
             cell.tooltip = f"layer {name[0]}, head {name[1]}: {self.measure.label}"
             cell.style.button_color = to_hex(colormaps[SEQUENTIAL](0.75 * share))
             cell.style.text_color = "white" if share > 0.55 else "black"

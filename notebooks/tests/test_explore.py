@@ -24,6 +24,8 @@ def test_controls_make_a_state_and_lines_of_code_the_same_numbers() -> None:
     shown, unknown = explorer.image.value, next(c for c in "é{ж" if c not in corpus.stoi)
     explorer.text.value = 3 * unknown
     assert repr(unknown) in explorer.said.value and explorer.image.value == shown
+    explorer.rule.value = "zero"  # of the text before
+    assert repr(unknown) in explorer.said.value and explorer.image.value != shown
 
 
 def test_three_changes_do_what_they_do_on_paper() -> None:

@@ -18,7 +18,7 @@ def test_one_s_own_rule_and_optimizer_are_tried_beside_full_and_none(monkeypatch
     monkeypatch.setattr(trial, "train", partial(trial.train, directory=tmp_path))
     monkeypatch.setitem(SOFTMAX_BACKWARD, "mine", lambda a, g, visible: 2 * a * g)
     plt.switch_backend("agg")
-    runs = trial.compare(iterations=2, softmax_backward="mine", optimizer=still)
+    runs = trial.compare(iterations=2, seed=3, softmax_backward="mine", optimizer=still)
     assert list(runs) == ["full", "none", "yours"] and len([*tmp_path.iterdir()]) == 2
     before, after = (runs["yours"].at(step).state_dict() for step in (0, 2))
     assert all(after[name].equal(values) for name, values in before.items())
@@ -27,3 +27,12 @@ def test_one_s_own_rule_and_optimizer_are_tried_beside_full_and_none(monkeypatch
     assert table.loc["accuracy"].between(0, 1).all()
     cosine = table.loc["cosine of what is sent with f, at the scores"]
     assert cosine["full"] == pytest.approx(1) and 0 < cosine["yours"] < 1
+
+
+def test_an_interrupted_run_leaves_the_other_two(monkeypatch, tmp_path) -> None:
+    def interrupted(model, lr, steps):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trial, "train", partial(trial.train, directory=tmp_path))
+    plt.switch_backend("agg")
+    assert list(trial.compare(iterations=1, optimizer=interrupted)) == ["full", "none"]
