@@ -170,7 +170,7 @@ PLANS: dict[str, list[Cell]] = {
     "recall-cap": window("cap", RATES),  # open at 1e-4
     "recall-exact": window("exact", RATES),
     "recall-cut": window("cut", RATES),
-    "recall-cap-start": window("cap and start"),
+    "recall-cap-start": window("cap and start", RATES),  # open at 1e-4
     "drift": [cell for arm in ("off", "exact")
               for cell in grid("recall", ("diagonal", "zero"), [1e-3], range(400, 408),
                                **arms("recall")[arm])],
