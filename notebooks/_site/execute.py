@@ -49,7 +49,13 @@ def execute(source, target):
     finally:
         cells.close()
 
-    # What differs from one machine to the next stays out of the file.
+    # What differs from one machine, or call, to the next stays out of the file; so do controls, of
+    # which no more than a random name could be stored.
+    for cell in nb.cells:
+        if any("application/vnd.jupyter.widget-view+json" in out.get("data", {})
+               for out in cell.get("outputs", [])):
+            cell.outputs = []
+    nb.metadata.pop("widgets", None)
     nb.metadata.kernelspec = {
         "display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"
     }
