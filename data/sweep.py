@@ -183,6 +183,7 @@ PLANS: dict[str, list[Cell]] = {
                                  steps=2000, **FA) for arm in ("off", "exact", "cap")},
     "text-off": on_text("off", OF_TEXT),
     "text-cap": on_text("cap", OF_TEXT),
+    "text-cap-start": on_text("cap and start", OF_TEXT),
     "text-exact": on_text("exact", OF_TEXT, RATES[1:]),  # open at 3e-4
     "surrogates": grid("recall", SURROGATES, RATES[1:], SEEDS),
     "sigmoid": grid("recall", ("full",), RATES[1:], SEEDS, attn_mode="sigmoid"),
