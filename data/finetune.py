@@ -2,8 +2,9 @@
 
     python data/finetune.py     adds the rows that data/finetuning.csv still misses
 
-What is run and how it is judged stands in the docstring of ``finetune``, and stood there before
-the first run. Interrupt it whenever you like: finished runs stay.
+What is run and how it is judged stands in the docstring of ``finetune``. Before the first run it
+stood in data/others.py, as the history of that file shows; of five rates that were planned three
+have been run. Interrupt it whenever you like: finished runs stay.
 """
 
 import sys
