@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -303,71 +302,11 @@ def curve(values: str) -> np.ndarray:
 
 
 # --------------------------------------------------------------------------------------------------
-# Harm and shares
+# Shares
 # --------------------------------------------------------------------------------------------------
 
-TOLERABLE, CATASTROPHIC = 0.25, 1.0  # bounds on harm, fixed before the runs
-
-
-class Harm(NamedTuple):
-    """``harm`` with its 95 % interval, and the verdict on it."""
-
-    harm: float
-    low: float
-    high: float
-    verdict: str
-
-
-def harm(rule: Iterable[float], full: Iterable[float], none: Iterable[float]) -> Harm:
-    """``(L_rule - L_full) / (L_none - L_full)`` over paired seeds.
-
-    It is 0 for the exact pass and 1 where Q and K are never trained. rule, full, none: final losses
-    of the same seeds (two or more), inf for a run that diverged; else ValueError. The ratio is that
-    of means, its interval Fieller's (1954), exact for normal differences. Verdicts, in this order:
-
-    ``undecided``     the interval of ``L_none - L_full`` reaches zero, or one of the two diverged
-    ``catastrophic``  a run of the rule diverged, or the lower end of the interval is at least 1
-    ``tolerable``     its upper end is at most 0.25
-    ``undetermined``  it reaches from below 0.25 to above 1
-    ``costly``        otherwise
-
-    >>> full, none = [2.0, 2.1, 1.9], [3.0, 3.1, 2.9]
-    >>> harm([2.05, 2.1, 2.0], full, none).verdict, harm([2.4, 2.6, 2.5], full, none).verdict
-    ('tolerable', 'costly')
-    """
-    rule, full, none = (np.array([*losses], dtype=float) for losses in (rule, full, none))
-    n = len(full)
-    if not len(rule) == n == len(none) or n < 2:
-        raise ValueError(f"the same seeds, two or more, of each: not {len(rule)}, {n}, {len(none)}")
-    if np.isnan([rule, full, none]).any():
-        raise ValueError("a loss is NaN: leave a missing seed out, write inf where a run diverged")
-    if not np.isfinite([full, none]).all():
-        return Harm(math.nan, math.nan, math.nan, "undecided")
-    scale = none - full
-    t = stats.t.ppf(0.975, n - 1)
-    if not scale.mean() > t * scale.std(ddof=1) / math.sqrt(n):
-        return Harm(math.nan, math.nan, math.nan, "undecided")
-    if not np.isfinite(rule).all():
-        return Harm(math.inf, math.inf, math.inf, "catastrophic")
-    excess = rule - full
-    # Fieller: all h for which mean(excess - h scale) is within t standard errors of zero
-    (vee, ves), (_, vss) = np.cov(excess, scale) * t**2 / n
-    a = scale.mean() ** 2 - vss
-    b = excess.mean() * scale.mean() - ves
-    c = excess.mean() ** 2 - vee
-    root = math.sqrt(max(b * b - a * c, 0))
-    low, high = (b - root) / a, (b + root) / a
-    if low >= CATASTROPHIC:
-        verdict = "catastrophic"
-    elif high <= TOLERABLE:
-        verdict = "tolerable"
-    else:
-        verdict = "undetermined" if low < TOLERABLE and high > CATASTROPHIC else "costly"
-    return Harm(excess.mean() / scale.mean(), low, high, verdict)
-
-
 def share_interval(solved: int, runs: int) -> tuple[float, float]:
-    """Wilson's (1927) 95 % interval for a share: it keeps its level also near 0 and 1."""
+    """Wilson's (1927) 95 % interval for a share: it stays near its level also near 0 and 1."""
     interval = stats.binomtest(solved, runs).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)
 

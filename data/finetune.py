@@ -69,10 +69,10 @@ def finetune() -> None:
 
     A rule *holds* at a rate where every seed ends with less loss on the rewritten reactions than
     the model had before; it *breaks* where every seed ends with more; otherwise that rate is
-    *undecided*. How much it costs is ``harm`` on the same loss, each rule at its own best
-    rate of the grid and all at the best rate of ``full``. With three seeds, and rates chosen on
-    the seeds that are shown, these are first results, and are to be called so. The row of the rule
-    ``before`` is the model as it came.
+    *undecided*. What it costs, of what training queries and keys is worth, is told by the same
+    loss, each rule at its own best rate and all at the best rate of ``full``. With three seeds, and
+    rates chosen on the seeds that are shown, these are first results, and are to be called so. The
+    row of the rule ``before`` is the model as it came.
     """
     torch.set_num_threads(1)
     table = others.reactions()

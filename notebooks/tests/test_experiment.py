@@ -8,12 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import assume, given
-from hypothesis import strategies as st
 from scipy.stats import norm, ttest_1samp
 
 from data.experiment import (COLUMNS, CURVES, EXPERIMENT, SYMPTOMS, TASKS, USUAL, RecallTask, arms,
-                             harm, load_runs, of_arms, share_interval, symptoms, window_widths,
+                             load_runs, of_arms, share_interval, symptoms, window_widths,
                              windows)
 from figures import plot_windows
 from helpers import SHAKESPEARE_SHA256, twin
@@ -181,59 +179,7 @@ def test_a_rule_that_sends_nothing_has_no_cosine_and_a_sigmoid_its_own_derivativ
     assert sigmoid["cos_scores", ""] == pytest.approx(1) and sigmoid["row_sum", ""] > 0.1
 
 
-# ---- harm ----------------------------------------------------------------------------------------
-
-
-@given(st.lists(st.floats(1, 4), min_size=3, max_size=12), st.floats(-0.5, 2),
-       st.integers(0, 2**32 - 1))
-def test_fieller_s_interval_ends_where_the_paired_t_test_begins_to_reject(full, cost, seed):
-    noise = np.random.default_rng(seed).normal(0, 0.1, (2, len(full)))
-    full = np.array(full)
-    none, rule = full + 1 + noise[0], full + cost + noise[1]
-    result = harm(rule, full, none)
-    assume(result.verdict != "undecided")
-    for end in (result.low, result.high):  # there mean(excess - end * gain) is just significant
-        test = ttest_1samp(rule - full - end * (none - full), 0)
-        assert test.pvalue == pytest.approx(0.05, rel=1e-6)
-    assert result.low <= result.harm <= result.high
-    assert result.harm == pytest.approx((rule - full).mean() / (none - full).mean())
-    unit = harm(3 * rule - 1, 3 * full - 1, 3 * none - 1)
-    np.testing.assert_allclose(unit[:3], result[:3], rtol=1e-6, atol=1e-6)
-
-
-def around(center, spread=0.0):
-    return center + spread * np.linspace(-1, 1, 5)
-
-
-FULL, NONE = around(2.0), around(3.0)  # harm is then the rule's loss - 2, with its t interval
-T95 = 2.7764451 / math.sqrt(5) * np.std(around(0, 1), ddof=1)  # half its width, of around(x, 1)
-
-
-@pytest.mark.parametrize("low, high, verdict", [
-    (0.2, 0.2499, "tolerable"), (-3.0, 0.2499, "tolerable"), (0.2, 0.2501, "costly"),
-    (0.2501, 1.5, "costly"), (0.2499, 0.9999, "costly"), (0.2499, 1.0001, "undetermined"),
-    (0.9999, 2.0, "costly"), (1.0001, 2.0, "catastrophic")])
-def test_each_verdict_is_decided_by_the_ends_of_the_interval(low, high, verdict):
-    result = harm(around(2 + (low + high) / 2, (high - low) / 2 / T95), FULL, NONE)
-    assert result[1:] == (pytest.approx(low, abs=1e-6), pytest.approx(high, abs=1e-6), verdict)
-
-
-def test_without_a_gain_from_attention_nothing_is_decided_and_divergence_is_infinitely_bad():
-    gain = around(3, 1 / T95)  # its interval is [0, 2]
-    assert harm(FULL, FULL, gain + 0.001).verdict != "undecided"
-    for none in (gain - 0.001, FULL, FULL - 1, [3, 3, 3, 3, math.inf]):
-        assert harm(FULL + 5, FULL, none).verdict == "undecided"
-    assert harm(FULL, [2, 2, 2, 2, math.inf], NONE).verdict == "undecided"
-    diverged = harm([2, 2, 2, 2, math.inf], FULL, NONE)
-    assert diverged == (math.inf, math.inf, math.inf, "catastrophic")
-
-
-@pytest.mark.parametrize("change, words", [
-    ({"rule": [2, 2, 2, 2, math.nan]}, "NaN"),
-    ({"rule": FULL[:4]}, "same seeds")])
-def test_harm_refuses_what_it_cannot_judge(change, words):
-    with pytest.raises(ValueError, match=words):
-        harm(**{"rule": FULL, "full": FULL, "none": NONE} | change)
+# ---- shares --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("solved, n", [(56, 70), (0, 8), (24, 24), (14, 24), (0, 1), (5, 9)])
