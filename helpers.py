@@ -93,8 +93,8 @@ class Corpus:
                 f"{self.vocab_size} distinct.")
 
     def _repr_markdown_(self) -> str:
-        notice = ("\n\n> **Not Tiny Shakespeare**: what the text says of trained models was seen "
-                  "on that, not here.")
+        notice = ("\n\n> **Not Tiny Shakespeare**: what sentences and titles of figures say of "
+                  "trained models was seen on that, not here.")
         return repr(self) if self.is_shakespeare else repr(self) + notice
 
 

@@ -275,9 +275,9 @@ def local_weights(answer: object) -> str:
     for key in range(4):
         change = numbers(call(answer, s=s + 0.5 * torch.eye(4)[key].to(s)), (2, 4)) - weights
         require((change[:, key] > 1e-6).all(),
-                f"The score of key {key} rises, and its own weight does not grow in every row.")
+                f"The score of key {key + 1} rises, and its own weight does not grow in every row.")
         require(np.abs(np.delete(change, key, axis=1)).max() <= 1e-6,
-                f"The score of key {key} rises, and the weight of another key moves: an "
+                f"The score of key {key + 1} rises, and the weight of another key moves: an "
                 "off-diagonal entry of the Jacobian. What is it that ties the keys?")
     low, high = weights.sum(-1).min(), weights.sum(-1).max()
     return (f"The price: rows sum to {low:.2f} and {high:.2f} where a softmax has 1. Keys do not "
@@ -306,7 +306,7 @@ def against(answer: object) -> str:
     f, d, _ = split(a, g)
     found = cosine(d, f)
     require(found < -0.2, f"The cosine of d with f is {found:.2f}, and should be below -0.2.")
-    return f"The cosine is {found:.2f}. A step along d undoes what a step along f does."
+    return f"The cosine is {found:.2f}. A small step against d raises the loss."
 
 
 @exercise("2.1", "easy", minutes=10)

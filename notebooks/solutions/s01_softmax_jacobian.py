@@ -1,7 +1,7 @@
 """Solutions of 01, the softmax Jacobian by hand.
 
 >>> check("1.4", against)
-Exercise 1.4: right. The cosine is -0.23. A step along d undoes what a step along f does.
+Exercise 1.4: right. The cosine is -0.23. A small step against d raises the loss.
 """
 
 import torch
@@ -40,7 +40,7 @@ def best_constant(a, g):
     return (u * (u * g - f)).sum() / (u * u).sum()
 
 
-# What f wants, raise the first key's score and lower the last one's, on top of a large negative
-# constant. f sees the differences only. d is swayed by the constant, and most at the key with the
-# largest a (1 - a), the first.
+# Small differences on top of a large negative constant. f sees the differences only: a step against
+# it lowers the first key's score and raises the others'. d is swayed by the constant: a step
+# against it raises all scores, and most that of the key with the largest a (1 - a), the first.
 against = [-98.0, -100.0, -101.0]

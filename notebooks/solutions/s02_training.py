@@ -1,4 +1,4 @@
-"""Solutions of 02, training with local rules.
+"""Solutions of 02, training with random feedback.
 
 >>> check("2.2", same_direction)
 Exercise 2.2: right. Adam, which divides by a gradient's size, trains these alike whatever the

@@ -21,7 +21,8 @@ def energy_ratios(a, g):
 
 
 # With a = (1 - e, e, 0, 0) and e going to zero, d = e (3, 1) and f = e (3 - 1) (1, -1) at the two
-# best keys: e drops out. The cosine is 1 for opposite errors and 0 for equal ones.
+# best keys: e drops out. The cosine is 1 for opposite errors and falls towards 0 as they become
+# equal.
 low_temperature = (3 - 1) / (2 * (3**2 + 1**2)) ** 0.5
 
 

@@ -188,7 +188,6 @@ def test_every_figure_has_a_number_a_caption_and_words_for_who_cannot_see_it(nam
 
 
 SKETCHES = {  # titles of what was not computed, and of the reader's own model
-    "Only backpropagation needs the forward weights to carry the error back",
     "Instead of asking each other, keys can be sent one number by their query",
     "To name the number, the letter has to be looked up", "a little model with random weights"}
 
