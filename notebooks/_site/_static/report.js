@@ -21,7 +21,8 @@ if (folds.length) {
 }
 
 // With ?class in the address, a class votes before it looks: contents and answers are left out, a
-// figure has its title when it is clicked, and links lead to pages that are shown likewise.
+// figure has its title when it is clicked (before the first section it is an answer, and all of it
+// waits), and links lead to pages that are shown likewise.
 if (new URLSearchParams(location.search).has("class")) {
   document.body.classList.add("in-class")
   for (const bold of document.querySelectorAll("article p > strong:first-child")) {
@@ -34,8 +35,10 @@ if (new URLSearchParams(location.search).has("class")) {
   }
   addEventListener("load", () => {
     for (const image of document.querySelectorAll("figure.align-default img")) {
-      image.style.clipPath = `inset(${2900 / image.naturalHeight}% 0 0) content-box` // one line
-      image.addEventListener("click", () => (image.style.clipPath = ""))
+      const title = `inset(${2900 / image.naturalHeight}% 0 0) content-box` // one line
+      if (image.closest("section section")) image.style.clipPath = title
+      else image.style.opacity = 0
+      image.addEventListener("click", () => (image.style.clipPath = image.style.opacity = ""))
     }
   })
 }
