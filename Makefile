@@ -104,7 +104,7 @@ $(SITE)/%.ipynb: notebooks/%.ipynb $(wildcard notebooks/*.py) notebooks/_site/ex
 $(SITE)/slides.ipynb: $(filter-out notebooks/slides.ipynb,$(NOTEBOOKS))
 
 # What 02 trains, these load.
-$(filter $(addprefix $(SITE)/,03% 04% 08% 09% index%),$(EXECUTED)): | $(SITE)/02_training.ipynb
+$(filter $(addprefix $(SITE)/,03% 04% 08% 09% index% slides%),$(EXECUTED)): | $(SITE)/02_training.ipynb
 data/explorer-data.js: notebooks/_site/explorer.py notebooks/explore.py notebooks/figures.py \
     $(wildcard *.py data/*.py) .venv/.ready $(TEXT_READY) | $(SITE)/02_training.ipynb
 	@cd notebooks && OMP_NUM_THREADS=1 ../$(PY) -m _site.explorer
