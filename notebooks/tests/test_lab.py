@@ -52,7 +52,11 @@ def lab(browser: Browser, tmp_path_factory):
     yield visit
     page.context.close()
     server.terminate()
-    server.communicate()
+    try:
+        server.wait(30)
+    except subprocess.TimeoutExpired:  # held up by a kernel that had only begun
+        server.kill()
+    server.stderr.close()
 
 
 def react(page: Page, what: str, action) -> None:
