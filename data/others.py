@@ -26,6 +26,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from helpers import DATA, capture_attention, energy_table, save_atomically
 
@@ -285,7 +286,7 @@ def nats(model: nn.Module, batch: Batch) -> Tensor:
 def masked_scores(model: nn.Module, batches: list[Batch]) -> dict[str, float]:
     """Over all masked tokens: mean loss in nats, and the share that is named right."""
     loss = right = n = 0
-    for batch in batches:
+    for batch in tqdm(batches, desc="batches", leave=False, delay=1):
         logits, asked = model(batch.ids), batch.targets != -100
         loss += F.cross_entropy(logits[asked], batch.targets[asked], reduction="sum").item()
         right += (logits.argmax(-1) == batch.targets)[asked].sum().item()
@@ -296,7 +297,7 @@ def masked_scores(model: nn.Module, batches: list[Batch]) -> dict[str, float]:
 def split_of(model: nn.Module, batches: list[Batch]) -> pd.DataFrame:
     """``energy_table`` of a model on all sequences of the batches."""
     with capture_attention(model) as layers:
-        for batch in batches:
+        for batch in tqdm(batches, desc="batches", leave=False, delay=1):
             nats(model, batch).backward()
     model.zero_grad()
     return energy_table(layers)
