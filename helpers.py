@@ -1106,7 +1106,7 @@ def energy_table(layers: Iterable[CapturedAttention], n_boot=1000, seed=0) -> pd
     the first steps under a GradScaler, is undefined, and a warning says so.
     """
     tables, shapes = [], []
-    for i, layer in enumerate(tqdm(layers, desc="energies", leave=False, delay=1)):
+    for i, layer in enumerate(layers):
         sums = layer.sums
         lost = ~sums.isfinite().all(-1).all(0)
         if lost.any():

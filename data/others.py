@@ -286,7 +286,7 @@ def nats(model: nn.Module, batch: Batch) -> Tensor:
 def masked_scores(model: nn.Module, batches: list[Batch]) -> dict[str, float]:
     """Over all masked tokens: mean loss in nats, and the share that is named right."""
     loss = right = n = 0
-    for batch in tqdm(batches, desc="batches", leave=False, delay=1):
+    for batch in tqdm(batches, desc="batches", leave=False, file=sys.stdout):
         logits, asked = model(batch.ids), batch.targets != -100
         loss += F.cross_entropy(logits[asked], batch.targets[asked], reduction="sum").item()
         right += (logits.argmax(-1) == batch.targets)[asked].sum().item()
@@ -297,7 +297,7 @@ def masked_scores(model: nn.Module, batches: list[Batch]) -> dict[str, float]:
 def split_of(model: nn.Module, batches: list[Batch]) -> pd.DataFrame:
     """``energy_table`` of a model on all sequences of the batches."""
     with capture_attention(model) as layers:
-        for batch in tqdm(batches, desc="batches", leave=False, delay=1):
+        for batch in tqdm(batches, desc="batches", leave=False, file=sys.stdout):
             nats(model, batch).backward()
     model.zero_grad()
     return energy_table(layers)

@@ -56,6 +56,7 @@ def lab(browser: Browser, tmp_path_factory):
         server.wait(30)
     except subprocess.TimeoutExpired:  # held up by a kernel that had only begun
         server.kill()
+        server.wait()
     server.stderr.close()
 
 
